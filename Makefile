@@ -1,0 +1,45 @@
+# The commands of a working copy. `make demo` and `make test` make .venv themselves where it is missing.
+# On a machine without an NVIDIA GPU take PyTorch's CPU build, which is ten times smaller:
+#   make demo TORCH_INDEX=https://download.pytorch.org/whl/cpu
+
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+PIP := .venv/bin/pip --disable-pip-version-check --quiet
+BIN := .venv/bin
+
+.PHONY: demo test test-all check fmt bench clean
+
+demo: .venv/core.stamp
+	$(BIN)/everlong demo
+
+test: .venv/dev.stamp
+	$(BIN)/pytest -q -n 2
+
+test-all: .venv/dev.stamp
+	$(BIN)/pytest -q -n 2 --slow
+
+check: .venv/dev.stamp
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/pytest -q tests/test_layout.py
+
+fmt: .venv/dev.stamp
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: .venv/dev.stamp
+	$(BIN)/python -m everlong bench ops --store
+
+clean:
+	rm -rf .venv runs
+
+.venv/core.stamp: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(PIP) install $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) -c constraints.txt -e .
+	touch $@
+
+# fla-core holds the slow functions that the operators are compared with; what it needs itself is for GPUs.
+.venv/dev.stamp: .venv/core.stamp
+	$(PIP) install -c constraints.txt -e '.[dev]'
+	$(PIP) install -c constraints.txt --no-deps fla-core
+	touch $@

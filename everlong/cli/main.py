@@ -1,0 +1,128 @@
+"""The command line: finds the command's file, reads its arguments, runs it, and turns what goes wrong into one line.
+
+A command is a file beside this one, with a config `Arguments` whose docstring is its help, and a function
+`run(arguments)` that prints for a person and returns the result for `--json`.
+"""
+
+import ast
+import importlib
+import importlib.metadata
+import os
+import pkgutil
+import sys
+from collections.abc import Sequence
+from contextlib import redirect_stdout
+from pathlib import Path
+from typing import Any
+
+from everlong import __version__, cli
+from everlong.cli import console
+from everlong.cli.parsing import one_line, parse
+from everlong.config import unknown
+from everlong.train.memory import keep_freed_memory
+
+NO_COMMANDS = frozenset({"console", "main", "parsing"})
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    """Runs one command; what the process should exit with.
+
+    0: done. 2: the input is at fault, told in one line on standard error. 130: interrupted. 141: nobody reads the
+    output any more. Any other exception is a bug of ours, and keeps its traceback.
+    """
+    words = list(sys.argv[1:] if words is None else words)
+    try:
+        code = _run(words)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # Python flushes standard output once more at its end, which must not fail again.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    return code
+
+
+def _run(words: list[str]) -> int:
+    words, as_json = without_json(words)
+    name = words[0] if words else "--help"
+    if name in {"-h", "--help", "help"}:
+        return _overview(as_json)
+    if name == "--version":
+        return _version(as_json)
+    program = f"everlong {name}"
+    try:
+        if name.startswith("-"):
+            program = "everlong"
+            raise unknown("option", name, ["--help", "--json", "--version"])
+        if name not in commands():
+            program = "everlong"
+            raise unknown("command", name, commands())
+        module = importlib.import_module(f"everlong.cli.{name.replace('-', '_')}")
+        result = _call(module, parse(module.Arguments, words[1:], program=program), as_json)
+    except SystemExit as end:  # the help was asked for
+        return int(end.code or 0)
+    except KeyboardInterrupt:
+        print(f"{program}: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        raise
+    except (ValueError, OSError) as error:
+        print(f"{program}: {one_line(error)}", file=sys.stderr)
+        return 2
+    if as_json:
+        console.emit_json(result)
+    return 0
+
+
+def _call(module: Any, arguments: Any, as_json: bool) -> dict[str, object]:
+    keep_freed_memory()
+    if not as_json:
+        return module.run(arguments)  # type: ignore[no-any-return]
+    with redirect_stdout(sys.stderr):  # whatever prints, a library too: standard output holds the one object
+        return module.run(arguments)  # type: ignore[no-any-return]
+
+
+def without_json(words: Sequence[str]) -> tuple[list[str], bool]:
+    """The words without `--json`, and whether it was among them; what follows a `--` is left alone."""
+    end = list(words).index("--") if "--" in words else len(words)
+    before = [word for word in words[:end] if word != "--json"]
+    return [*before, *words[end:]], len(before) < end
+
+
+def commands() -> dict[str, Path]:
+    """The commands by name, found by their files."""
+    return {
+        module.name.replace("_", "-"): Path(module.module_finder.path, f"{module.name}.py")  # type: ignore[union-attr]
+        for module in sorted(pkgutil.iter_modules(cli.__path__), key=lambda module: module.name)
+        if module.name not in NO_COMMANDS
+    }
+
+
+def summary(path: Path) -> str:
+    """The first line of a file's docstring, without running the file."""
+    text = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
+    return text.partition("\n")[0].removesuffix(".")
+
+
+def _overview(as_json: bool) -> int:
+    told = {name: summary(path) for name, path in commands().items()}
+    if as_json:
+        console.emit_json({"version": __version__, "commands": told})
+        return 0
+    print("everlong: efficient sequence models, from raw data to a served model")
+    for name, line in told.items():
+        print(f"  everlong {name:<10} {line}")
+    print("`everlong COMMAND --help` shows options and an example; `--json` gives any result to a program.")
+    return 0
+
+
+def _version(as_json: bool) -> int:
+    versions = {
+        "everlong": __version__,
+        "torch": importlib.metadata.version("torch"),
+        "python": sys.version.split()[0],
+    }
+    if as_json:
+        console.emit_json(versions)
+    else:
+        print(f"everlong {versions['everlong']} (torch {versions['torch']}, Python {versions['python']})")
+    return 0

@@ -1,0 +1,85 @@
+"""What a benchmark returns: rows of measure and target, and the machine that they were measured on."""
+
+import json
+import platform
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import psutil
+import torch
+
+import everlong
+
+
+@dataclass(frozen=True)
+class Row:
+    """One measured figure. `value` is a ratio wherever something is compared; `raw` holds what it was made from."""
+
+    measure: str
+    value: float
+    target: str | None = None  # such as "<= 1.1"; None: reported only
+    peer: str | None = None  # what it was compared with
+    raw: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def met(self) -> bool | None:
+        """Whether the target was reached; None where there is none."""
+        if self.target is None:
+            return None
+        relation, _, bound = self.target.partition(" ")
+        assert relation in {"<=", ">="}
+        return self.value <= float(bound) if relation == "<=" else self.value >= float(bound)
+
+    def as_dict(self) -> dict[str, Any]:
+        return {**asdict(self), "met": self.met}
+
+
+def machine() -> dict[str, Any]:
+    """Processor, memory, threads and versions."""
+    return {
+        "processor": _processor(),
+        "cores": psutil.cpu_count(logical=False),
+        "threads": torch.get_num_threads(),
+        "memory_bytes": psutil.virtual_memory().total,
+        "system": platform.platform(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "everlong": everlong.__version__,
+    }
+
+
+def _processor() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    found = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
+    if "model name" not in found:
+        return platform.processor() or platform.machine()
+    flags = [flag for flag in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if flag in found.get("flags", "").split()]
+    return f"{found['model name']} ({', '.join(flags)})"
+
+
+def store(suite: str, rows: Sequence[Row], folder: Path) -> Path:
+    """Writes the result beside the earlier ones of its kind."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{suite}.json"
+    result = {"suite": suite, "date": time.strftime("%Y-%m-%d"), "machine": machine()}
+    path.write_text(json.dumps({**result, "rows": [row.as_dict() for row in rows]}, indent=1) + "\n", encoding="utf-8")
+    return path
+
+
+def wanted(measures: Iterable[str], only: str | None) -> list[str]:
+    """The measures whose name contains `only`; ValueError where none does."""
+    listed = list(measures)
+    found = [measure for measure in listed if only is None or only in measure]
+    if not found:
+        raise ValueError(f"no measure contains `{only}`. There is: {'; '.join(listed)}")
+    return found
+
+
+def milliseconds(times: Sequence[float]) -> float:
+    """The median of times in seconds."""
+    return round(median(times) * 1000, 4)

@@ -1,0 +1,195 @@
+"""The language model: embedding, blocks of a mixer and a feed-forward, a head. One model serves every mixer and hybrid.
+
+    pre         x + mixer(norm(x)),  then x + feed_forward(norm(x))          (Xiong et al. 2020, arXiv 2002.04745)
+    post        norm(x + mixer(x)),  then norm(x + feed_forward(x))          (Vaswani et al. 2017, arXiv 1706.03762)
+    parallel    x + mixer(norm(x)) + feed_forward(norm(x))                   (Wang and Komatsuzaki 2021, GPT-J)
+
+A mixer that owns its feed-forward gets none beside it.
+"""
+
+import dataclasses
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, cast
+
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from everlong import mixers
+from everlong.config import config, from_dict
+from everlong.mixers.base import Context, Cost, Mixer, unpadded
+from everlong.nn.layers import SwiGLU, exact, linear_cross_entropy
+
+Layer = str | dict[str, Any]  # a mixer's name, or {"mixer": name, option: value, ...}
+State = tuple[Any, ...]
+
+
+@config
+class ModelConfig:
+    """The shape of a language model."""
+
+    vocab_size: int
+    width: int = 256
+    num_layers: int = 4
+    layers: tuple[Layer, ...] = ("attention",)
+    """The mixers, repeated over the depth."""
+    feed_forward: int | None = None
+    """Hidden channels of the feed-forward; None: 8/3 of the width, rounded up to a multiple of 32."""
+    block: Literal["pre", "post", "parallel"] = "pre"
+    tie_embeddings: bool = True
+    """The head shares the embedding's weights."""
+    bias: bool = False
+    """Biases in the feed-forward, and in each mixer that has them as an option."""
+    norm_eps: float = 1e-5
+
+    def __post_init__(self) -> None:
+        for name in ("vocab_size", "width", "num_layers"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"`{name}` must be at least 1: got {getattr(self, name)}")
+        if not self.layers:
+            raise ValueError(f"`layers` must name at least one mixer. There is: {', '.join(mixers.names())}")
+        for layer in self.layers:
+            self.mixer(layer)
+
+    @property
+    def hidden(self) -> int:
+        """Channels inside the feed-forward."""
+        return -(-self.width * 8 // 3 // 32) * 32 if self.feed_forward is None else self.feed_forward
+
+    def mixer(self, layer: Layer) -> tuple[type[Mixer], Any]:
+        """The class and the options of one entry of `layers`.
+
+        Raises:
+            ValueError: no such mixer, or no such option.
+        """
+        options = {"mixer": layer} if isinstance(layer, str) else dict(layer)
+        if "mixer" not in options:
+            raise ValueError(f"a layer is a mixer's name or has a key `mixer`: got {layer!r}")
+        found = mixers.load(options.pop("mixer"))
+        fields = {field.name for field in dataclasses.fields(found.Config)}
+        shared = {"bias": self.bias} if "bias" in fields else {}
+        return found, from_dict(found.Config, {"width": self.width, **shared, **options})
+
+    def pattern(self) -> list[tuple[type[Mixer], Any]]:
+        """The mixer of every layer."""
+        return [self.mixer(self.layers[i % len(self.layers)]) for i in range(self.num_layers)]
+
+
+class Output(NamedTuple):
+    """What the model returns."""
+
+    logits: Float[Tensor, "B T C"]
+    state: State
+
+
+class Block(nn.Module):
+    """A mixer and a feed-forward around the residual stream."""
+
+    def __init__(self, config: ModelConfig, mixer: Mixer) -> None:
+        super().__init__()
+        self.kind, self.mixer = config.block, mixer
+        self.mixer_norm = nn.RMSNorm(config.width, eps=config.norm_eps)
+        self.feed_forward: SwiGLU | None = None
+        if not mixer.traits.owns_feed_forward:
+            self.feed_forward = SwiGLU(config.width, config.hidden, bias=config.bias)
+            if config.block != "parallel":
+                self.feed_forward_norm = nn.RMSNorm(config.width, eps=config.norm_eps)
+        # What writes to the residual stream starts smaller, the more layers write to it.
+        for writer in (getattr(mixer, "o", None), getattr(self.feed_forward, "down", None)):
+            if isinstance(writer, nn.Linear):
+                nn.init.normal_(writer.weight, std=(2 * config.num_layers * writer.in_features) ** -0.5)
+
+    def forward(self, x: Float[Tensor, "B T D"], state: Any, context: Context) -> tuple[Float[Tensor, "B T D"], Any]:
+        y = x if self.kind == "post" else self.mixer_norm(x)
+        mixed, state = self.mixer(y, state, context)
+        if self.feed_forward is None:
+            x = x + mixed
+            return (self.mixer_norm(x) if self.kind == "post" else x), state
+        if self.kind == "parallel":
+            return x + mixed + self.feed_forward(y), state
+        if self.kind == "post":
+            x = self.mixer_norm(x + mixed)
+            return self.feed_forward_norm(x + self.feed_forward(x)), state
+        x = x + mixed
+        return x + self.feed_forward(self.feed_forward_norm(x)), state
+
+
+class LanguageModel(nn.Module):
+    """Tokens in, a distribution over the next token out, and a state that continues the sequence."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embedding = nn.Embedding(config.vocab_size, config.width)
+        self.blocks = nn.ModuleList(
+            Block(config, mixer(options, layer=i, depth=config.num_layers))
+            for i, (mixer, options) in enumerate(config.pattern())
+        )
+        self.norm = nn.RMSNorm(config.width, eps=config.norm_eps)
+        self.head = nn.Linear(config.width, config.vocab_size, bias=False)
+        if config.tie_embeddings:
+            self.head.weight = self.embedding.weight
+        nn.init.normal_(self.embedding.weight, std=0.02)
+        if not config.tie_embeddings:
+            nn.init.normal_(self.head.weight, std=0.02)
+
+    def init_state(self, batch: int) -> State:
+        """The state of `batch` sequences before their first token."""
+        return tuple(block.mixer.init_state(batch) for block in cast(Iterable[Block], self.blocks))
+
+    @unpadded
+    def hidden(
+        self, tokens: Int[Tensor, "B T"], state: State | None = None, context: Context = Context()
+    ) -> tuple[Float[Tensor, "B T D"], State]:
+        """What the head reads, after the last norm; and the state after the last token."""
+        context = dataclasses.replace(context, first={})
+        past = (None,) * len(self.blocks) if state is None else state
+        x, after = self.embedding(tokens), []
+        for block, before in zip(self.blocks, past, strict=True):
+            x, now = block(x, before, context)
+            after.append(now)
+        return self.norm(x), tuple(after)
+
+    def logits(self, x: Float[Tensor, "*B D"]) -> Float[Tensor, "*B C"]:
+        """Unnormalised log probabilities, in float32 at least."""
+        return exact(self.head(x))
+
+    def forward(self, tokens: Int[Tensor, "B T"], state: State | None = None, context: Context = Context()) -> Output:
+        """Logits of the token after each, and the state that continues the sequences."""
+        x, state = self.hidden(tokens, state, context)
+        return Output(self.logits(x), state)
+
+    def loss(
+        self,
+        tokens: Int[Tensor, "B T"],
+        targets: Int[Tensor, "B T"],
+        context: Context = Context(),
+        *,
+        reduction: Literal["mean", "none"] = "mean",
+    ) -> Float[Tensor, "..."]:
+        """Cross entropy in nats over targets of at least 0; "none" gives `[B, T]`, zeros where ignored."""
+        x, _ = self.hidden(tokens, None, context)
+        value = linear_cross_entropy(x.flatten(0, 1), self.head.weight, targets.flatten(), reduction=reduction)
+        return value if reduction == "mean" else value.view(targets.shape)
+
+    def cost(self, length: int) -> Cost:
+        """Of one token in the recurrent form, `length` tokens into a sequence."""
+        c = self.config
+        flops, state, parameters = 2 * c.width * c.vocab_size, 0, c.width + c.vocab_size * c.width
+        parameters += 0 if c.tie_embeddings else c.vocab_size * c.width
+        for mixer, options in c.pattern():
+            cost = mixer.cost(options, length)
+            flops, state = flops + cost.flops_per_token, state + cost.state_bytes
+            parameters += cost.parameters + c.width
+            if not mixer.traits.owns_feed_forward:
+                weights = 3 * c.width * c.hidden
+                flops += 2 * weights
+                parameters += weights + (2 * c.hidden + c.width if c.bias else 0)
+                parameters += c.width if c.block != "parallel" else 0
+        return Cost(flops_per_token=flops, state_bytes=state, parameters=parameters)
+
+    def save(self, run: str | Path) -> None:
+        """Writes the model to a run folder, in the style of Hugging Face."""
+        from everlong.models.run import save  # the reader there needs this class
+
+        save(self, run)

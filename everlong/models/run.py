@@ -1,0 +1,138 @@
+"""A run on disk: a folder in the style of Hugging Face, with the model's shape, its weights and its tokenizer."""
+
+import dataclasses
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+import everlong
+from everlong.config import from_dict, to_dict
+from everlong.data.tokenizer import Tokenizer
+from everlong.models.lm import LanguageModel, ModelConfig
+
+CONFIG, WEIGHTS = "config.json", "model.safetensors"
+
+
+def save(model: LanguageModel, folder: str | Path, tokenizer: Tokenizer | None = None) -> None:
+    """Writes the model, and its tokenizer where there is one. Each file is whole at every instant."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    weights = {name: value.detach().contiguous() for name, value in model.state_dict().items()}
+    if model.config.tie_embeddings:
+        del weights["head.weight"]
+    aside = folder / f"{WEIGHTS}.tmp"
+    save_file(weights, aside, metadata={"format": "pt"})
+    settle(aside, folder / WEIGHTS)
+    description = {
+        "architectures": ["EverlongForCausalLM"],
+        "model_type": "everlong",
+        "everlong_version": everlong.__version__,
+        "dtype": str(next(iter(weights.values())).dtype).removeprefix("torch."),
+        **to_dict(model.config),
+    }
+    generation: dict[str, Any] = {"do_sample": True, "temperature": 1.0}
+    if tokenizer is not None:
+        tokenizer.save(folder)
+        ends = {"bos_token_id": tokenizer.end, "eos_token_id": tokenizer.end, "pad_token_id": tokenizer.end}
+        description, generation = {**description, **ends}, {**generation, **ends}
+    write_json(folder / "generation_config.json", generation)
+    write_json(folder / CONFIG, description)  # last: a folder with it is a run
+
+
+def load(folder: str | Path) -> LanguageModel:
+    """Reads the model of a run folder.
+
+    Raises:
+        ValueError: the folder is no run, or its weights do not fit its config.
+    """
+    folder = Path(folder)
+    model = LanguageModel(load_config(folder))
+    if not (folder / WEIGHTS).is_file():
+        raise ValueError(f"{folder} has no {WEIGHTS}: its training has not saved a model yet")
+    try:
+        with safe_open(folder / WEIGHTS, framework="pt") as file:
+            weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise ValueError(f"{folder / WEIGHTS} is damaged: {error}") from None
+    fill(model, weights, str(folder / WEIGHTS))
+    return model.eval()
+
+
+def load_config(folder: str | Path) -> ModelConfig:
+    """The shape of the model in a run folder; ValueError where the folder is no run."""
+    path = Path(folder) / CONFIG
+    if not path.is_file():
+        raise ValueError(f"{folder} is no run: it has no {CONFIG}. `everlong train --out {folder}` makes one")
+    try:
+        description = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is no JSON: {error}") from None
+    if description.get("model_type") != "everlong":
+        raise ValueError(f"{path} describes a `{description.get('model_type')}` model, not one of everlong")
+    known = {field.name for field in dataclasses.fields(ModelConfig)}
+    beside = {"architectures", "model_type", "everlong_version", "dtype", "auto_map", "transformers_version"}
+    return from_dict(
+        ModelConfig,
+        {
+            key: value
+            for key, value in description.items()
+            if key in known or not (key in beside or key.endswith("_token_id"))
+        },
+    )
+
+
+def load_tokenizer(folder: str | Path) -> Tokenizer:
+    """The tokenizer of a run folder; ValueError where there is none."""
+    if not (Path(folder) / "tokenizer.json").is_file():
+        raise ValueError(f"{folder} has no tokenizer.json")
+    return Tokenizer.load(Path(folder))
+
+
+def fill(model: LanguageModel, weights: Mapping[str, Tensor], source: str) -> None:
+    """Copies weights into the model; ValueError names what is missing, unexpected or of another shape."""
+    weights = dict(weights)
+    if model.config.tie_embeddings and "embedding.weight" in weights:
+        weights.setdefault("head.weight", weights["embedding.weight"])
+    expected = model.state_dict()
+    for kind, names in (
+        ("lacks", expected.keys() - weights.keys()),
+        ("has unexpected", weights.keys() - expected.keys()),
+    ):
+        if names:
+            listed = sorted(names)
+            raise ValueError(
+                f"{source} {kind} {len(listed)} tensors: {', '.join(listed[:5])}{', ...' if listed[5:] else ''}"
+            )
+    for name, value in expected.items():
+        if value.shape != weights[name].shape:
+            raise ValueError(
+                f"{source}: `{name}` must be {tuple(value.shape)} by the config, got {tuple(weights[name].shape)}"
+            )
+    with torch.no_grad():
+        model.load_state_dict(weights)
+
+
+def write_json(path: Path, values: Mapping[str, Any]) -> None:
+    """Writes a JSON file that is whole at every instant."""
+    aside = path.with_name(f"{path.name}.tmp")
+    aside.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+    settle(aside, path)
+
+
+def settle(aside: Path, path: Path) -> None:
+    """Moves a finished file to its place, on the disk before it is in the folder."""
+    with aside.open("rb") as file:
+        os.fsync(file.fileno())
+    aside.replace(path)
+    descriptor = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,60 @@
+"""The record of a run: `log.jsonl` with one line a step, and the same as scalars for TensorBoard."""
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+LOG = "log.jsonl"
+
+
+class Log:
+    """Appends to a run's log. A line is handed to the system as it is written, and is on the disk after `sync`."""
+
+    def __init__(self, run: Path, *, length: int = 0, step: int = 0) -> None:
+        """Goes on behind the first `length` bytes, which end with the line of `step`; what follows them is dropped."""
+        from torch.utils.tensorboard import SummaryWriter
+
+        run.mkdir(parents=True, exist_ok=True)
+        self._file = (run / LOG).open("ab")
+        self._file.truncate(min(length, self._file.tell()))
+        self._file.seek(0, os.SEEK_END)
+        self._board: Any = SummaryWriter(run / "training" / "tensorboard", purge_step=step + 1)
+
+    def write(self, row: Mapping[str, Any]) -> None:
+        """One line. Every number but the step is a scalar as well."""
+        self._file.write((json.dumps(row) + "\n").encode())
+        self._file.flush()
+        for key, value in row.items():
+            if isinstance(value, int | float) and key != "step":
+                self._board.add_scalar(key, value, row["step"])
+
+    def sync(self) -> int:
+        """Puts what was written on the disk; the length of the file in bytes."""
+        os.fsync(self._file.fileno())
+        self._board.flush()
+        return self._file.tell()
+
+    def close(self) -> None:
+        """Closes the files."""
+        self._file.close()
+        self._board.close()
+
+
+def read(run: str | Path) -> list[dict[str, Any]]:
+    """The lines of a run's log.
+
+    Raises:
+        ValueError: there is none, or a line is no JSON.
+    """
+    path = Path(run) / LOG
+    if not path.is_file():
+        raise ValueError(f"{run} has no {LOG}: it is no run, or its training has not begun")
+    rows = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+        try:
+            rows.append(json.loads(line))
+        except ValueError as error:
+            raise ValueError(f"{path}, line {number} is no JSON: {error}") from None
+    return rows

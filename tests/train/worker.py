@@ -1,0 +1,33 @@
+"""One training in a process of its own, for tests that kill it.
+
+    worker.py PREPARED RUN [key=value ...]
+
+It goes on from the newest checkpoint of RUN where there is one, and prints the step after each line of the log.
+"""
+
+import sys
+from pathlib import Path
+
+import torch
+
+from everlong.data.loader import Dataset
+from everlong.models.lm import LanguageModel, ModelConfig
+from everlong.train import checkpoint
+from everlong.train.loop import train
+from everlong.train.settings import TrainConfig
+
+
+def main(prepared: str, run: str, *options: str) -> None:
+    torch.set_num_threads(1)
+    values = {"batch_tokens": 256, "length": 32, "precision": "float32", "compile": "off", "warmup": 4}
+    settings = TrainConfig(**values | dict(option.split("=") for option in options))
+    dataset = Dataset.open(prepared)
+    start = checkpoint.latest(Path(run) / "training").checkpoint
+    torch.manual_seed(settings.seed)
+    model = LanguageModel(ModelConfig(vocab_size=dataset.tokenizer.vocab_size, width=32, num_layers=2))
+    result = train(model, dataset, settings, run, start=start, report=lambda now: print(now.step, flush=True))
+    sys.exit(0 if result.stopped_by is None else 128 + result.stopped_by)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,5 @@
+"""How public signatures are checked under pytest: by beartype, where an int may stand for a float."""
+
+from beartype import BeartypeConf, beartype
+
+check = beartype(conf=BeartypeConf(is_pep484_tower=True))
