@@ -40,7 +40,7 @@ class Arguments:
 def run(arguments: Arguments) -> dict[str, object]:
     """Four commands, as a person would type them, and what came of them."""
     began, out = time.perf_counter(), arguments.out
-    data = out / "data"
+    data = out.parent / "python-stdlib"
     _typed(f"everlong prepare python-stdlib --out {data} --vocab-size {VOCABULARY}")
     prepare.run(prepare.Arguments(sources=("python-stdlib",), out=data, vocab_size=VOCABULARY))
     chosen = {"minutes": arguments.minutes, "seed": arguments.seed, **SHAPE, **TRAINING}

@@ -1,6 +1,5 @@
 """Measures how well a run predicts text: perplexity, bits per byte, loss by position."""
 
-import lzma
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -18,7 +17,7 @@ from everlong.data.packing import Progress as Preparing
 from everlong.data.packing import prepare, read_info
 from everlong.data.tokenizer import Tokenizer
 from everlong.models import run as runs
-from everlong.models.baselines import ByteNGram
+from everlong.models.baselines import ByteNGram, xz_bits_per_byte
 from everlong.train.evaluate import Evaluation, evaluate, merge, sample
 from everlong.train.precision import Asked, resolve
 
@@ -143,12 +142,10 @@ def _baselines(arguments: Arguments, dataset: Dataset, splits: Sequence[TokenSpl
     with console.progress("baselines") as report:
         if arguments.split == "heldout" and len(dataset.split("train")):
             report(0, "5-gram")
-            gram = ByteNGram(order=5)
-            gram.fit(_texts(dataset, dataset.split("train")))
+            gram = ByteNGram(order=5).fit(_texts(dataset, dataset.split("train")))
             found["five_gram"] = gram.bits_per_byte(documents)
         report(1, "xz")
-        text = b"".join(documents)
-        found["xz"] = 8 * len(lzma.compress(text, preset=9)) / len(text)
+        found["xz"] = xz_bits_per_byte(documents)
     return found
 
 

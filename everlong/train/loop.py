@@ -106,15 +106,11 @@ def train(
     folder = Path(folder)
     if start is None and holds_run(folder):
         raise ValueError(f"{folder} holds a run already: go on with it (--resume), or choose another folder")
-    with (
-        _alone(folder / "training"),
-        _catch_signals() as caught,
-        precision.deterministic(),
-        torch.random.fork_rng(devices=[]),
-    ):
+    with _alone(folder / "training"), precision.deterministic(), torch.random.fork_rng(devices=[]):
         trainer = _Trainer(model, dataset, config, folder, start, report)
         try:
-            return trainer.run(caught)
+            with _catch_signals() as caught:
+                return trainer.run(caught)
         finally:
             trainer.log.close()
 

@@ -23,6 +23,15 @@ every_way = pytest.mark.parametrize("way", EVERY, ids=lambda way: way.get("form"
 both_directions = pytest.mark.parametrize("causal", [True, False], ids=["causal", "bidirectional"])
 
 
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread():
+    # On tensors as small as these, threads only wait for each other.
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 def inputs(B, T, S, H=2, Hkv=None, K=8, V=5, dtype=torch.float64):
     shapes = (B, T, H, K), (B, S, Hkv or H, K), (B, S, Hkv or H, V)
     return tuple(torch.randn(shape, dtype=dtype, requires_grad=True) for shape in shapes)

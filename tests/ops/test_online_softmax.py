@@ -9,6 +9,15 @@ from everlong.ops.online_softmax import merge, one_pass_attention, online_softma
 from everlong.ops.scoring import Band, Scoring
 
 
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread():
+    # On tensors as small as these, threads only wait for each other.
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 def scores(*shape, size=1.0):
     x = size * torch.randn(*shape, dtype=torch.float64)
     return x.masked_fill(torch.rand(shape) < 0.2, -torch.inf)
