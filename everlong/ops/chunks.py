@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-STEPS = 8  # up to so many tokens, one after another is faster than a chunk
+STEPS = 4  # up to so many tokens, one after another is faster than a chunk
 
 
 @dataclass(frozen=True)
@@ -62,9 +62,8 @@ class Layout:
             x[0] = chunks.transpose(1, 2).flatten(0, 1).index_select(0, self.slot)
             return x
         whole, rest = divmod(self.length, self.size)
-        chunks = (
-            torch.unflatten(chunks, 0, (-1, self.batch)).transpose(0, 1).transpose(2, 3)
-        )  # [B, chunks, size, H, ...]
+        chunks = torch.unflatten(chunks, 0, (-1, self.batch))
+        chunks = chunks.transpose(0, 1).transpose(2, 3)  # [B, chunks, size, H, ...]
         if whole:
             torch.unflatten(x[:, : whole * self.size], 1, (whole, self.size)).copy_(chunks[:, :whole])
         if rest:
@@ -128,11 +127,14 @@ def _plan_packed(length: int, cu_seqlens: Tensor, size: int) -> Layout:
     slot = torch.empty(length, dtype=torch.long, device=rank.device)
     slot[token[filled]] = filled.nonzero().squeeze(1)
     empty = (~filled).nonzero().squeeze(1)
-    capacity = capacity_of(1, length, len(lengths), size)
+    capacity = int(capacity_of(1, length, len(lengths), size))
     return Layout(1, length, size, rounds, capacity, order, token.clamp_max(length - 1), slot, empty)
 
 
-def capacity_of(batch: int, length: int, packed: int | None, size: int) -> int:
+Size = int | torch.SymInt
+
+
+def capacity_of(batch: Size, length: Size, packed: Size | None, size: Size) -> Size:
     """An upper bound of the number of chunks, exact for a batch: what shapes alone can tell."""
     return batch * -(-length // size) if packed is None else length // size + packed
 
@@ -173,9 +175,10 @@ def scan(
     Shapes: `state [N, H, ...]` (changed in place: the last state), `update [M, H, ...]`, `decay` broadcasts to it.
 
     Returns:
-        The states before each chunk, `[capacity, H, ...]` in `dtype`, of which the first M are set.
+        The states before each chunk, `[capacity, H, ...]` in `dtype`, zeros after the first M.
     """
     starts = update.new_empty(capacity, *update.shape[1:], dtype=dtype)
+    starts[len(update) :].zero_()
     for chunks in rounds:
         current = state[: chunks.stop - chunks.start]
         starts[chunks] = current

@@ -6,7 +6,8 @@
 Sources   Schlag et al. 2021, arXiv 2102.11174; Yang et al. 2024, arXiv 2406.06484 (in chunks: the WY form) and
           arXiv 2412.06464 (with a decay); Kimi Team 2025, arXiv 2510.26692 (a decay for each channel);
           Peng et al. 2025, arXiv 2503.14456 (RWKV-7: a = -kappa, b = kappa * rate)
-Cost      FLOPs a token and head: 6 K V (general: 8 K V) step by step; in chunks of C tokens about 6 K V + C (4 K + 5 V)
+Cost      FLOPs a token and head: 6 K V step by step, 6 K V + 4 C (K + V) in chunks of C tokens;
+          general: 8 K V and 8 K V + 8 C (K + V)
 """
 
 from collections.abc import Callable

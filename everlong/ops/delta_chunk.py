@@ -1,14 +1,14 @@
 """The delta rule and its generalisation in chunks: forward and backward as one opaque operator each, linear in time.
 
-Both write what they first read. In a chunk the reads u of its tokens are one triangular system, which the state S at
-the chunk's start enters on the right (the WY form):
+Both write what they first read. In a chunk the reads of its tokens are one triangular system, which the state S at the
+chunk's start enters on the right (the WY form):
 
-    (I - A_ab) u = base + reach_a S         o = scale * [ A_qb u + A_qk v + reach_q S ]
-                                            S' = total S + store_b^T u + store_k^T v
+    read = A_ab u + A_ak v + reach_a S          o = scale * [ A_qb u + A_qk v + reach_q S ]
+                                                S' = total S + store_b^T u + store_k^T v
 
     A_xy: products of receivers x (q; a) with sources y (b; k) under the decays between them, see decays.py
-    diagonal plus low rank: a, b as given, base = A_ak v
-    delta rule: a = k, b = - beta k, no source k of its own; u = S'^T k - v is what the memory gets wrong, base = - v
+    diagonal plus low rank: a, b as given, u = read
+    delta rule: a = b = k with no source k of its own, u = beta (v - read)
 
 The backward pass holds the inputs and the states at the chunks' starts, and computes the rest again. It cannot be
 differentiated once more; the recurrent form can.
@@ -41,19 +41,16 @@ class LowRank:
         by_channel = log_decay is not None and log_decay.dim() == 4
         self.dtype = self.exact if by_channel else product_dtype(v.dtype)
         self.receivers = self.stack(receivers)  # [M, C, 2, K]
+        self.sources = self.stack(sources) if beta is None else self.receivers[:, :, 1:]  # [M, C, s, K]
         self.v = self.chunks(v, self.dtype)  # [M, C, V]
-        self.beta = None if beta is None else self.chunks(beta, self.exact)  # [M, C]
-        if self.beta is None:
-            self.sources = self.stack(sources)  # [M, C, s, K]
-        else:
-            self.sources = self.receivers[:, :, 1:] * self.beta.neg().to(self.dtype)[:, :, None, None]
+        self.beta = None if beta is None else self.chunks(beta, self.exact)[:, :, None]  # [M, C, 1]
         self.decay: Tensor | Weights | None = None
         if log_decay is not None:
             self.decay = self.chunks(log_decay, self.exact)
             self.decay = self.decay if by_channel else Weights.of(self.decay)
         self.products = multiply(self.receivers, self.sources, self.decay, late=beta is None)
         self.reach, self.store = self.products.reach.flatten(1, 2), self.products.store.flatten(1, 2)
-        self.inverse = inverse(self.system()).to(self.dtype)
+        self.inverse = inverse(self.system())  # [M, C, C]
 
     def chunks(self, x: Tensor, dtype: torch.dtype) -> Tensor:
         """`[B, T, H, ...]` -> `[M, C, ...]`"""
@@ -68,20 +65,20 @@ class LowRank:
         return stacked.flatten(0, 1)
 
     def system(self) -> Tensor:
-        """A_ab, `[M, C, C]`; never of low precision, because the inverse would multiply its rounding errors."""
-        if self.dtype == self.exact:
-            return self.products.matrix[:, :, 1, :, 0]
-        a, b = self.receivers[:, :, 1].to(self.exact), self.sources[:, :, 0].to(self.exact)
-        if self.beta is not None:
-            b = a * self.beta.neg()[:, :, None]
-        products = torch.bmm(a, b.mT)
-        if isinstance(self.decay, Weights):
-            products *= self.decay.between
-        return products.tril_(-1)
+        """What multiplies u in u; never of low precision, because the inverse would multiply its rounding errors."""
+        lower = self.products.matrix[:, :, 1, :, 0]
+        if self.dtype != self.exact:
+            lower = torch.bmm(self.receivers[:, :, 1].to(self.exact), self.sources[:, :, 0].to(self.exact).mT)
+            if isinstance(self.decay, Weights):
+                lower *= self.decay.between
+            lower.tril_(-1)
+        return lower if self.beta is None else lower * -self.beta
 
-    def base(self) -> Tensor:
-        """What the reads are without a state, before the triangular system."""
-        return self.v.neg() if self.beta is not None else torch.bmm(self.products.matrix[:, :, 1, :, 1], self.v)
+    def solution(self) -> tuple[Tensor, Tensor, float]:
+        """X [M, C, C], y [M, C, V] and z such that u = X (y + z reach_a S)."""
+        if self.beta is None:
+            return self.inverse.to(self.dtype), torch.bmm(self.products.matrix[:, :, 1, :, 1], self.v), 1.0
+        return (self.inverse * self.beta.mT).to(self.dtype), self.v, -1.0
 
     def values(self) -> Tensor:
         """What each source writes, `[M, C, s, V]`; the first place is for u."""
@@ -103,13 +100,14 @@ class LowRank:
     def forward(self, state: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The chunks of o, the states before each, and the last state; `state [N, H, K, V]` is changed."""
         starts = state.new_empty(self.layout.capacity * self.heads, *state.shape[2:], dtype=self.dtype)
-        values, base, reach_a = self.values(), self.base(), self.products.reach[:, :, 1]
-        flat = state.flatten(0, 1)
+        starts[len(self.v) :].zero_()
+        values, flat = self.values(), state.flatten(0, 1)
+        (solve, base, sign), reach_a = self.solution(), self.products.reach[:, :, 1]
         for chunks in self.rounds():
             current = flat[: chunks.stop - chunks.start]
             starts[chunks] = current
-            reads = torch.baddbmm(base[chunks], reach_a[chunks], starts[chunks])
-            values[chunks, :, 0] = torch.bmm(self.inverse[chunks], reads)
+            right = torch.baddbmm(base[chunks], reach_a[chunks], starts[chunks], alpha=sign)
+            values[chunks, :, 0] = torch.bmm(solve[chunks], right)
             self.advance(current, self.store[chunks], values[chunks].flatten(1, 2), chunks)
         o = torch.bmm(self.products.reach[:, :, 0], starts[: len(self.v)])
         o.baddbmm_(self.products.matrix[:, :, 0].flatten(2), values.flatten(1, 2), beta=self.scale, alpha=self.scale)
@@ -119,45 +117,46 @@ class LowRank:
         self, starts: Tensor, d_o: Tensor, d_state: Tensor
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor]:
         """The gradients of the chunks of receivers, sources, v, beta and log_decay, and of the first state."""
-        starts = starts.flatten(0, 1)[: len(self.v)]
-        values = self.values()
-        reads = torch.baddbmm(self.base(), self.products.reach[:, :, 1], starts)
-        values[:, :, 0] = torch.bmm(self.inverse, reads)
-        values = values.flatten(1, 2)
-        d_reads, d_values, ends, d_state = self.carry_back(d_o, d_state)
-        d_base, d_reads = d_reads[:, :, 1], d_reads.flatten(1, 2)
+        starts, values = starts.flatten(0, 1)[: len(self.v)], self.values()
+        solve, base, sign = self.solution()
+        right = torch.baddbmm(base, self.products.reach[:, :, 1], starts, alpha=sign)
+        values[:, :, 0] = torch.bmm(solve, right)
+        d_reads, d_values, d_u, ends, d_state = self.carry_back(d_o, d_state)
+        flat_reads, flat_values = d_reads.flatten(1, 2), values.flatten(1, 2)
         gradient = Products(
-            torch.bmm(d_reads, values.mT).view_as(self.products.matrix),
-            torch.bmm(d_reads, starts.mT).view_as(self.receivers),
-            torch.bmm(values, ends.mT).view_as(self.sources),
+            torch.bmm(flat_reads, flat_values.mT).view_as(self.products.matrix),
+            torch.bmm(flat_reads, starts.mT).view_as(self.receivers),
+            torch.bmm(flat_values, ends.mT).view_as(self.sources),
             self.total_gradient(starts, ends),
         )
         d_receivers, d_sources, d_log_decay = multiply_backward(
             self.receivers, self.sources, self.decay, self.products, gradient, late=self.beta is None
         )
         if self.beta is None:
-            d_v = torch.bmm(self.products.matrix[:, :, 1, :, 1].mT, d_base) + d_values[:, :, 1]
+            d_v = torch.bmm(self.products.matrix[:, :, 1, :, 1].mT, d_reads[:, :, 1]) + d_values[:, :, 1]
             return d_receivers, d_sources, d_v, None, d_log_decay, d_state
-        k, d_b = self.receivers[:, :, 1], d_sources[:, :, 0]
-        d_beta = (k * d_b).sum(2).neg_()
-        d_receivers[:, :, 1].addcmul_(self.beta[:, :, None].to(self.dtype), d_b, value=-1)
-        return d_receivers, d_sources, d_base.neg(), d_beta, d_log_decay, d_state
+        error = right.baddbmm_(self.products.matrix[:, :, 1, :, 0], values[:, :, 0], alpha=-1)  # v - read
+        return d_receivers, d_sources, d_reads[:, :, 1].neg(), (d_u * error).sum(2), d_log_decay, d_state
 
-    def carry_back(self, d_o: Tensor, d_state: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """The chunks in reverse: gradients of what q and a read, of values, of states after chunks, of the first."""
+    def carry_back(self, d_o: Tensor, d_state: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """The chunks in reverse: the gradients of reads by q and a, values, u, states after chunks, and the first."""
         d_reads = self.v.new_empty(*self.v.shape[:2], 2, self.v.shape[2])
         self.layout.split(d_o, torch.unflatten(d_reads, 0, (-1, self.heads))[:, :, :, 0])
         d_reads[:, :, 0] *= self.scale
         d_values = torch.bmm(self.products.matrix[:, :, 0].flatten(2).mT, d_reads[:, :, 0])  # [M, C s, V]
         flat, ends = d_state.flatten(0, 1), self.v.new_empty(len(self.v), *d_state.shape[2:])
+        d_u, back = torch.empty_like(self.v), self.inverse.to(self.dtype).mT
+        factor = None if self.beta is None else self.beta.neg().to(self.dtype)
         for chunks in reversed(self.rounds()):
             current = flat[: chunks.stop - chunks.start]
             ends[chunks] = current
             d_values[chunks].baddbmm_(self.store[chunks], ends[chunks])
-            d_u = torch.unflatten(d_values[chunks], 1, self.sources.shape[1:3])[:, :, 0]
-            d_reads[chunks, :, 1] = torch.bmm(self.inverse[chunks].mT, d_u)
+            of_first = torch.unflatten(d_values[chunks], 1, self.sources.shape[1:3])[:, :, 0]
+            d_u[chunks] = torch.bmm(back[chunks], of_first)
+            d_reads[chunks, :, 1] = d_u[chunks] if factor is None else d_u[chunks] * factor[chunks]
             self.advance(current, self.reach[chunks], d_reads[chunks].flatten(1, 2), chunks)
-        return d_reads, torch.unflatten(d_values, 1, self.sources.shape[1:3]), ends, flat.view_as(d_state)
+        d_values = torch.unflatten(d_values, 1, self.sources.shape[1:3])
+        return d_reads, d_values, d_u, ends, flat.view_as(d_state)
 
     def total_gradient(self, starts: Tensor, ends: Tensor) -> Tensor | None:
         """The gradient of the logarithm of each chunk's decay."""
@@ -206,7 +205,6 @@ def low_rank_chunk(
     Returns:
         o, the last state, and the states before each chunk for the backward pass.
     """
-
     layout = plan(v.shape[0], v.shape[1], cu_seqlens, size)
 
     def chunked(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -232,7 +230,8 @@ def _(q, k, v, beta, a, b, log_decay, initial_state, cu_seqlens, scale, size):  
     shape = (capacity_of(v.shape[0], v.shape[1], packed, size), v.shape[2], q.shape[3], v.shape[3])
     dtype = state_dtype(v.dtype) if log_decay is not None and log_decay.dim() == 4 else product_dtype(v.dtype)
     o = torch.empty_like(v, memory_format=torch.contiguous_format)
-    return o, torch.empty_like(initial_state), v.new_empty(shape, dtype=dtype)
+    state = torch.empty_like(initial_state, memory_format=torch.contiguous_format)
+    return o, state, v.new_empty(shape, dtype=dtype)
 
 
 @torch.library.custom_op("everlong::low_rank_chunk_backward", mutates_args=())
@@ -256,8 +255,8 @@ def low_rank_chunk_backward(
         layout, inputs = plan(v.shape[0], v.shape[1], cu_seqlens, size), (q, k, v, beta, a, b, log_decay)
         core = _cut(layout, scale, *inputs)
         d_receivers, d_sources, d_v, d_beta, d_log_decay, d_state = core.backward(starts, d_o, layout.sort(d_state))
-        (d_q, second), others = d_receivers.unbind(2), d_sources.unbind(2)
-        d_k, d_a, d_b = (others[1], second, others[0]) if beta is None else (second, None, None)
+        (d_q, second), (first, *others) = d_receivers.unbind(2), d_sources.unbind(2)
+        d_k, d_a, d_b = (others[0], second, first) if beta is None else (second + first, None, None)
         chunks = (d_q, d_k, d_v, d_beta, d_a, d_b, d_log_decay)
         return *layout.gradients(chunks, inputs), layout.unsort(d_state)  # type: ignore[return-value]
 

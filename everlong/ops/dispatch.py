@@ -10,7 +10,6 @@ import importlib
 import os
 import warnings
 from collections.abc import Callable, Iterator
-from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,13 +37,8 @@ class Implementation:
         return device in self.devices and dtype in self.dtypes
 
     def load(self) -> Callable[..., Any]:
-        return _load(self.target)
-
-
-@functools.cache
-def _load(target: str) -> Callable[..., Any]:
-    module, _, function = target.partition(":")
-    return getattr(importlib.import_module(module), function)  # type: ignore[no-any-return]
+        module, _, function = self.target.partition(":")
+        return getattr(importlib.import_module(module), function)  # type: ignore[no-any-return]
 
 
 def _both(module: str, name: str) -> tuple[Implementation, ...]:
@@ -67,7 +61,8 @@ TABLE: dict[str, tuple[Implementation, ...]] = {
     "causal_conv1d": _both("scan", "causal_conv1d"),
 }
 
-_asked: ContextVar[str] = ContextVar("everlong_backend", default="auto")
+# A plain variable: torch.compile cannot follow a ContextVar.
+_asked = "auto"
 
 
 @dataclass(frozen=True)
@@ -90,23 +85,36 @@ def use_backend(name: str) -> Iterator[None]:
     Raises:
         ValueError: no backend has that name.
     """
+    global _asked
     _check_backend(name)
-    token = _asked.set(name)
+    before, _asked = _asked, name
     try:
         yield
     finally:
-        _asked.reset(token)
+        _asked = before
 
 
 def explain(operator: str, *tensors: Tensor, backend: str = "auto") -> Choice:
     """Which implementation `operator` takes for these tensors (none: float32 on the CPU), and why."""
     device, dtype = (tensors[0].device.type, tensors[0].dtype) if tensors else ("cpu", torch.float32)
-    return _decide(operator, backend, device, dtype, _asked.get())
+    return _decide(operator, backend, device, dtype, _asked)
 
 
 def choose(operator: str, backend: str, tensor: Tensor) -> Callable[..., Any]:
     """The function that computes `operator` on this tensor's device and dtype."""
-    return _decide(operator, backend, tensor.device.type, tensor.dtype, _asked.get()).implementation.load()
+    return _functions[_target(operator, backend, tensor.device.type, tensor.dtype, _asked)]
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _target(operator: str, backend: str, device: str, dtype: torch.dtype, asked: str) -> str:
+    """The key of the chosen function: torch.compile runs this while it traces, and takes a name but no function."""
+    found = _decide(operator, backend, device, dtype, asked).implementation
+    if found.target not in _functions:
+        _functions[found.target] = found.load()
+    return found.target
+
+
+_functions: dict[str, Callable[..., Any]] = {}
 
 
 def check_form(form: str) -> None:

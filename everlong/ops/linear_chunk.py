@@ -202,7 +202,8 @@ def _(q, k, v, log_decay, initial_state, cu_seqlens, scale, size):  # type: igno
     else:
         shape = (capacity, q.shape[2], q.shape[3], v.shape[2] // q.shape[2], v.shape[3])
         starts = v.new_empty(shape, dtype=product_dtype(v.dtype))
-    return torch.empty_like(v, memory_format=torch.contiguous_format), torch.empty_like(initial_state), starts
+    o, state = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (v, initial_state))
+    return o, state, starts
 
 
 @torch.library.custom_op("everlong::linear_attention_chunk_backward", mutates_args=())

@@ -86,13 +86,18 @@ def run(
     if v.shape[1] == 0:
         return v, state
     with without_autocast(v):
-        q, *keys = (x.to(state.dtype).repeat_interleave(v.shape[2] // x.shape[2], 2) for x in keys)
+        q, *keys = (spread(x.to(state.dtype), v.shape[2]) for x in keys)
         inputs = [q * scale, *keys, *(x.to(state.dtype) for x in values)]
         if log_decay is not None:
             decay = log_decay.to(state.dtype).exp()[..., None]
             inputs.append(decay if decay.dim() == 5 else decay[..., None])
         o, state = unroll(step, state, inputs, cu_seqlens)
     return o.to(v.dtype), state
+
+
+def spread(x: Tensor, heads: int) -> Tensor:
+    """`[B, T, h, K]` -> `[B, T, heads, K]`, each head as often as needed."""
+    return x if x.shape[2] == heads else x.repeat_interleave(heads // x.shape[2], 2)
 
 
 def unroll(

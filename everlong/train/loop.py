@@ -24,6 +24,7 @@ from typing import Any, Literal
 import psutil
 import torch
 from jaxtyping import Int
+from safetensors import SafetensorError
 from torch import Tensor
 
 from everlong.config import from_dict, to_dict
@@ -39,7 +40,6 @@ from everlong.train.settings import TrainConfig
 CALIBRATION = 20  # updates that are timed before `minutes` becomes a number of updates
 MARGIN = 0.96  # the share of the time that is planned for: speed drifts
 SAVE_SECONDS = 120.0  # between checkpoints where no number of updates is given
-
 
 Activity = Literal["training", "compiling", "evaluating", "saving"]
 
@@ -181,6 +181,7 @@ class _Trainer:
             config.optimizer,
             learning_rate=config.learning_rate,
             matrix_learning_rate=config.matrix_learning_rate,
+            embedding_learning_rate=config.embedding_learning_rate,
             weight_decay=config.weight_decay,
         )
         self.process = psutil.Process()
@@ -221,7 +222,7 @@ class _Trainer:
                 row |= self._evaluate(self.config.final_tokens)
             elif self.steps is not None and self.step % self.config.evaluation_interval(self.steps) == 0:
                 row |= self._evaluate(self.config.evaluate_tokens)
-            self.log.write(row)
+            self._write(row)
             self._tell("training")
             if caught and not self._finished:
                 self._save()
@@ -368,6 +369,13 @@ class _Trainer:
         )
         return {"held_out_loss": self.held_out.loss, "held_out_bits_per_byte": self.held_out.bits_per_byte}
 
+    def _write(self, row: dict[str, Any]) -> None:
+        """A line of the log."""
+        try:
+            self.log.write(row)
+        except OSError as error:
+            raise OSError(f"the log of {self.folder} could not be written: {error}; {self._last()}") from error
+
     def _save_due(self) -> bool:
         if self.config.checkpoint_every is not None:
             return self.step % self.config.checkpoint_every == 0
@@ -400,8 +408,11 @@ class _Trainer:
         }
         groups = {"weights": weights, "optimizer": self.optimizers.state_dict(), "random": tensors}
         checkpoint.save(self.folder / "training", self.step, groups, state, keep=self.config.keep)
-        run.save(self.model, self.folder, self.dataset.tokenizer)
         self.saved, self.saved_at = self.step, time.perf_counter()
+        try:
+            run.save(self.model, self.folder, self.dataset.tokenizer)
+        except (OSError, SafetensorError) as error:
+            raise OSError(f"the model could not be written to {self.folder}: {error}; {self._last()}") from error
 
     def _restore(self, start: Checkpoint) -> tuple[Position, int]:
         """Takes over a checkpoint; the position in the data and the length of the log."""
@@ -416,6 +427,10 @@ class _Trainer:
         if self.config.minutes is not None:
             self.steps = state["steps"]
         self.before, self.precision, self.compiled = state["seconds"], state["precision"], state["compiled"]
+        there, here = (state["torch"], state["threads"]), (torch.__version__, torch.get_num_threads())
+        if there != here:
+            words = "torch {} with {} threads".format
+            self._tell("training", f"The run began on {words(*there)}, this is {words(*here)}: last bits may differ.")
         checkpoint.set_aside_after(self.folder / "training", start.step)
         return from_dict(Position, state["position"]), state["log_bytes"]
 
@@ -436,9 +451,7 @@ class _Trainer:
     def _speed(self) -> float | None:
         return self.config.batch_tokens / median(self.durations) if self.durations else None
 
-    def _tell(
-        self, activity: Literal["training", "compiling", "evaluating", "saving"], note: str | None = None
-    ) -> None:
+    def _tell(self, activity: Activity, note: str | None = None) -> None:
         left = None
         if self.steps is not None and self.durations:
             left = (self.steps - self.step) * median(self.durations)

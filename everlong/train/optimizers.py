@@ -52,7 +52,14 @@ class Optimizers:
     """The optimizers of one model as one: a step, and a state that is a flat mapping of tensors by parameter's name."""
 
     def __init__(
-        self, model: nn.Module, kind: Kind, *, learning_rate: float, matrix_learning_rate: float, weight_decay: float
+        self,
+        model: nn.Module,
+        kind: Kind,
+        *,
+        learning_rate: float,
+        matrix_learning_rate: float,
+        embedding_learning_rate: float,
+        weight_decay: float,
     ) -> None:
         found = groups(model)
         self.parameters = {**found.matrices, **found.embeddings, **found.rest}
@@ -60,8 +67,8 @@ class Optimizers:
             raise ValueError("the model has no parameter that asks for a gradient: there is nothing to train")
         decayed = {"params": list(found.matrices.values()), "lr": matrix_learning_rate, "weight_decay": weight_decay}
         plain = [
-            {"params": list(group.values()), "lr": learning_rate, "weight_decay": 0.0}
-            for group in (found.embeddings, found.rest)
+            {"params": list(found.embeddings.values()), "lr": embedding_learning_rate, "weight_decay": 0.0},
+            {"params": list(found.rest.values()), "lr": learning_rate, "weight_decay": 0.0},
         ]
         self.members: list[torch.optim.Optimizer] = []
         if kind == "muon" and found.matrices:

@@ -28,9 +28,11 @@ class TrainConfig:
     optimizer: optimizers.Kind = "muon"
     """What updates the matrices. Embeddings, gains and biases always have AdamW."""
     learning_rate: float = 3e-3
-    """Of AdamW for everything that is no matrix."""
+    """Of gains, biases and all else that is neither a matrix nor an embedding."""
     matrix_learning_rate: float = 1e-2
-    """Of the matrices. With AdamW about 2e-3 is usual."""
+    """Of the matrices. With --optimizer adamw about 2e-3 is usual."""
+    embedding_learning_rate: float = 1e-2
+    """Of embeddings and heads: each token's row is seldom updated, and takes larger steps."""
     schedule: optimizers.Schedule = "wsd"
     """The learning rate over time: warm-up, then stable and decayed to 0 (wsd), cosine to 0, or constant."""
     warmup: int = 40
@@ -67,7 +69,7 @@ class TrainConfig:
         for name in ("minutes", "evaluate_every", "checkpoint_every", "clip"):
             if getattr(self, name) is not None and getattr(self, name) <= 0:
                 raise ValueError(f"`{name}` must be above 0: got {getattr(self, name)}")
-        for name in ("learning_rate", "matrix_learning_rate", "weight_decay", "warmup"):
+        for name in ("learning_rate", "matrix_learning_rate", "embedding_learning_rate", "weight_decay", "warmup"):
             if getattr(self, name) < 0:
                 raise ValueError(f"`{name}` must not be negative: got {getattr(self, name)}")
         if not 0 <= self.decay <= 1:

@@ -2,7 +2,6 @@
 
 import json
 import random
-import resource
 import subprocess
 import sys
 
@@ -80,16 +79,13 @@ def test_remains_of_a_killed_save_are_ignored_and_removed(tmp_path):
 def test_a_full_disk_leaves_the_last_one(tmp_path):
     """A limit on the size of files stands for the disk: the write fails in the middle of the weights."""
     write(tmp_path, 1)
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
     code = (
-        "import resource, signal, sys, torch; from pathlib import Path; from everlong.train import checkpoint\n"
-        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "import resource, sys, torch; from pathlib import Path; from everlong.train import checkpoint\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))\n"
         "try: checkpoint.save(Path(sys.argv[1]), 2, {'weights': {'w': torch.zeros(1_000_000)}}, {'step': 2})\n"
         "except OSError as error: print(error)\n"
     )
     done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=True)
-    assert resource.getrlimit(resource.RLIMIT_FSIZE) == before
     assert "step 2 could not be written" in done.stdout
     assert "the last one there is" in done.stdout
     assert "step-00000001" in done.stdout

@@ -3,6 +3,7 @@
 import dataclasses
 import os
 import random
+import resource
 import signal
 import subprocess
 import sys
@@ -140,7 +141,7 @@ def test_more_steps_go_on_from_the_end(make_model, dataset, tmp_path):
     assert same_weights(tmp_path / "whole", tmp_path / "more")
 
 
-def spawn(prepared, run, *options):
+def spawn(prepared, run, *options, **how):
     worker = Path(__file__).with_name("worker.py")
     place = {"PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
@@ -148,6 +149,7 @@ def spawn(prepared, run, *options):
         env=os.environ | place,
         stdout=subprocess.PIPE,
         text=True,
+        **how,
     )
 
 
@@ -206,6 +208,31 @@ def test_a_signal_ends_it_after_the_step_with_a_checkpoint(prepared, tmp_path, n
     rows = log.read(tmp_path / "run")
     assert checkpoint.latest(tmp_path / "run" / "training").checkpoint.step == rows[-1]["step"] >= 3
     assert runs.load(tmp_path / "run").config.width == 32
+
+
+def test_a_full_disk_stops_it_with_the_last_checkpoint_intact(prepared, tmp_path):
+    """A limit on the size of files stands for the disk; it is reached by the weights, and by the log."""
+    run, options = tmp_path / "run", ("checkpoint_every=2", "evaluate_every=1000")
+    first = spawn(prepared, run, "steps=4", "schedule=constant", *options)
+    assert first.communicate()[0]
+    for limit in (50_000, (run / "log.jsonl").stat().st_size + 600):
+
+        def limited(limit=limit):
+            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+
+        full = spawn(
+            prepared, run, "steps=9", "schedule=constant", *options, preexec_fn=limited, stderr=subprocess.PIPE
+        )
+        told = full.communicate()[1]
+        assert full.returncode == 1
+        assert "could not be written" in told
+        assert "step-00000004" in told
+        found = checkpoint.latest(run / "training")
+        assert (found.checkpoint.step, found.damaged) == (4, ())
+    last = spawn(prepared, run, "steps=9", "schedule=constant", *options)
+    assert last.communicate()[0]
+    assert last.returncode == 0
+    assert [row["step"] for row in log.read(run)] == list(range(1, 10))
 
 
 def test_a_damaged_checkpoint_is_passed_over(make_model, dataset, tmp_path):

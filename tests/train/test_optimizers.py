@@ -32,7 +32,9 @@ class Tiny(nn.Module):
 
 
 def optimizers(model, kind="muon"):
-    return Optimizers(model, kind, learning_rate=0.01, matrix_learning_rate=0.02, weight_decay=0.1)
+    return Optimizers(
+        model, kind, learning_rate=0.01, matrix_learning_rate=0.02, embedding_learning_rate=0.04, weight_decay=0.1
+    )
 
 
 def take_step(model, optimizers, seed):
@@ -80,7 +82,8 @@ def test_muon_makes_updates_of_the_size_of_adamw():
     model = nn.Sequential(nn.Linear(64, 192, bias=False))
     before = model[0].weight.detach().clone()
     model[0].weight.grad = torch.randn(192, 64)
-    Optimizers(model, "muon", learning_rate=1.0, matrix_learning_rate=1.0, weight_decay=0.0).step()
+    rates = {"learning_rate": 1.0, "matrix_learning_rate": 1.0, "embedding_learning_rate": 1.0}
+    Optimizers(model, "muon", **rates, weight_decay=0.0).step()
     assert (model[0].weight - before).square().mean().sqrt().item() == pytest.approx(0.2, rel=0.2)
 
 
@@ -107,7 +110,7 @@ def test_the_state_goes_on_bit_for_bit(kind):
 def test_the_rate_scales_every_group():
     held = optimizers(Tiny())
     held.set_rate(0.5)
-    assert sorted(g["lr"] for member in held.members for g in member.param_groups) == [0.005, 0.005, 0.01]
+    assert sorted(g["lr"] for member in held.members for g in member.param_groups) == [0.005, 0.01, 0.02]
 
 
 @pytest.mark.parametrize("schedule", ["wsd", "cosine", "constant"])
