@@ -28,7 +28,8 @@ fmt: .venv/dev.stamp
 	$(BIN)/ruff format .
 
 bench: .venv/dev.stamp
-	$(BIN)/python -m everlong bench ops --store
+	$(BIN)/everlong bench ops --store
+	$(BIN)/everlong bench decode --store
 
 clean:
 	rm -rf .venv runs
