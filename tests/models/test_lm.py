@@ -48,7 +48,7 @@ def test_it_is_a_llama():
     expected = theirs(tokens).logits
     torch.testing.assert_close(ours(tokens).logits, expected, atol=1e-6, rtol=1e-6)
     torch.testing.assert_close(
-        ours.loss(tokens[:, :-1], tokens[:, 1:]), theirs(tokens, labels=tokens).loss, atol=1e-6, rtol=1e-6
+        ours.loss(tokens[:, :-1], tokens[:, 1:]), theirs(tokens, labels=tokens).loss.double(), atol=1e-6, rtol=1e-6
     )
 
 
