@@ -24,7 +24,7 @@ def agree(ours, theirs, x, tolerance=2e-5):
     for run in (ours, theirs):
         own = x.clone().requires_grad_()
         y = run(own)
-        results.append((y, torch.autograd.grad(y.square().sum(), own)[0]))
+        results.append((y.detach(), torch.autograd.grad(y.square().sum(), own)[0]))
     for one, other in zip(*results, strict=True):
         scale = other.abs().max()
         assert float((one - other).abs().max() / scale) < tolerance
