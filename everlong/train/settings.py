@@ -19,7 +19,7 @@ class TrainConfig:
     minutes: float | None = None
     """Instead of --steps: a time for the whole training, compilation and evaluation included. The number of updates is
     fixed from the speed of the first 20."""
-    batch_tokens: int = 8192
+    batch_tokens: int = 4096
     """Tokens of one update: the global batch."""
     length: int = 512
     """Tokens of one training sequence."""
