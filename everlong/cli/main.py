@@ -78,7 +78,7 @@ def share_processors() -> None:
     """Lets torch's threads sleep sooner while they wait for each other.
 
     GNU OpenMP spins for milliseconds by default. Where another process needs a core as well, each wait then takes a
-    whole time slice: a training step beside one busy process was measured to take four to eight times as long.
+    whole time slice: a training step beside one busy process was measured to take more than four times as long.
     It is read when torch is loaded; whoever has set a value keeps it.
     """
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")

@@ -8,7 +8,6 @@ import contextlib
 import functools
 import importlib
 import os
-import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -121,16 +120,6 @@ def check_form(form: str) -> None:
     """Raises ValueError for a form that does not exist."""
     if form not in FORMS:
         raise unknown("form", form, FORMS)
-
-
-def warn_once(message: str) -> None:
-    """A warning about a slower path: the reason and the remedy, once in a process."""
-    if message not in _warned:
-        _warned.add(message)
-        warnings.warn(message, RuntimeWarning, stacklevel=3)
-
-
-_warned: set[str] = set()
 
 
 def _check_backend(name: str) -> None:

@@ -12,8 +12,8 @@ def keep_freed_memory() -> bool:
 
     By default a tensor of 32 MB or more is mapped afresh each time that it is made, and every page of it faults: the
     float32 training step of a small Llama takes 1.3 times as long for that alone. The price is that the process holds
-    on to the most memory that it has needed. It acts on the whole process, so only the command line and the training
-    loop ask for it; calling it twice does no harm. Other systems and C libraries are left alone.
+    on to the most memory that it has needed. It acts on the whole process, so only the command line
+    asks for it; calling it twice does no harm. Other systems and C libraries are left alone.
     """
     if not sys.platform.startswith("linux"):
         return False
