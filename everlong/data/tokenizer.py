@@ -63,6 +63,7 @@ class Tokenizer:
         self.settings: dict[str, Any] = {
             "tokenizer_class": "PreTrainedTokenizerFast",
             "clean_up_tokenization_spaces": False,
+            "padding_side": "left",  # prompts of a batch end together, where transformers goes on from
             "pad_token": end,
             **(settings or {}),
             "eos_token": end,

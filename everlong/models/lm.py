@@ -142,9 +142,16 @@ class LanguageModel(nn.Module):
         self, tokens: Int[Tensor, "B T"], state: State | None = None, context: Context = Context()
     ) -> tuple[Float[Tensor, "B T D"], State]:
         """What the head reads, after the last norm; and the state after the last token."""
+        return self.mix(self.embedding(tokens), state, context)
+
+    @unpadded
+    def mix(
+        self, x: Float[Tensor, "B T D"], state: State | None = None, context: Context = Context()
+    ) -> tuple[Float[Tensor, "B T D"], State]:
+        """`hidden`, of vectors in the place of embedded tokens."""
         context = dataclasses.replace(context, first={})
         past = (None,) * len(self.blocks) if state is None else state
-        x, after = self.embedding(tokens), []
+        after = []
         for block, before in zip(self.blocks, past, strict=True):
             x, now = block(x, before, context)
             after.append(now)

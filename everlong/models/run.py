@@ -77,7 +77,9 @@ def load_config(folder: str | Path) -> ModelConfig:
     if description.get("model_type") != "everlong":
         raise ValueError(f"{path} describes a `{description.get('model_type')}` model, not one of everlong")
     known = {field.name for field in dataclasses.fields(ModelConfig)}
-    beside = {"architectures", "model_type", "everlong_version", "dtype", "auto_map", "transformers_version"}
+    if "transformers_version" in description:  # written by transformers, which keeps what it likes beside our options
+        return from_dict(ModelConfig, {key: value for key, value in description.items() if key in known})
+    beside = {"architectures", "model_type", "everlong_version", "dtype", "auto_map"}
     return from_dict(
         ModelConfig,
         {
