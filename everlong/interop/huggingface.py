@@ -13,13 +13,19 @@ The signatures below are those that transformers, its Trainer and PEFT call.
 import contextlib
 import dataclasses
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, ClassVar
 
-import torch
 from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, PretrainedConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    GenerationConfig,
+    GenerationMixin,
+    PretrainedConfig,
+    PreTrainedModel,
+)
 from transformers import initialization as init
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import CausalLMOutputWithPast
@@ -31,16 +37,16 @@ from everlong.models.lm import Block, LanguageModel, ModelConfig, State
 OPTIONS = tuple(field.name for field in dataclasses.fields(ModelConfig))
 
 
-class EverlongConfig(PretrainedConfig):
+class EverlongConfig(PretrainedConfig):  # type: ignore[no-untyped-call]
     """The options of a `ModelConfig` under their own names, and under those by which transformers asks for them."""
 
     model_type = "everlong"
-    attribute_map = {
+    attribute_map: ClassVar[dict[str, str]] = {
         "hidden_size": "width",
         "num_hidden_layers": "num_layers",
         "tie_word_embeddings": "tie_embeddings",
     }
-    keys_to_ignore_at_inference = ["past_key_values"]
+    keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values"]
 
     def __init__(self, **options: Any) -> None:
         """Takes the options of a `ModelConfig` as keywords, and whatever else transformers keeps in a config.
@@ -121,11 +127,11 @@ class StateCache(Cache):
         self.state = pytree.tree_map_only(Tensor, change, self.state)
 
 
-class EverlongForCausalLM(PreTrainedModel, GenerationMixin):
+class EverlongForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[no-untyped-call]
     """A `LanguageModel` whose parts stand under the same names in a model of transformers."""
 
     config_class = EverlongConfig
-    _tied_weights_keys = {"head.weight": "embedding.weight"}
+    _tied_weights_keys: ClassVar[dict[str, str]] = {"head.weight": "embedding.weight"}
     _input_embed_layer = "embedding"
     _is_stateful = True
     accepts_loss_kwargs = True  # `num_items_in_batch`, by which Trainer keeps accumulated gradients right
@@ -139,11 +145,12 @@ class EverlongForCausalLM(PreTrainedModel, GenerationMixin):
     def __init__(self, config: EverlongConfig) -> None:
         super().__init__(config)
         model = LanguageModel(config.model_config())
-        self.embedding, self.blocks, self.norm, self.head = model.embedding, model.blocks, model.norm, model.head
+        self.embedding, self.blocks, self.norm = model.embedding, model.blocks, model.norm
+        self.head: nn.Module = model.head
         if self.embedding.weight.device.type != "meta":
             for module in self.modules():
-                module._is_hf_initialized = True  # everlong's initial weights are not drawn again
-        self.post_init()
+                module._is_hf_initialized = True  # type: ignore[assignment]  # everlong's initial weights are not drawn again
+        self.post_init()  # type: ignore[no-untyped-call]
 
     def _init_weights(self, module: nn.Module) -> None:
         """Gives a module what a checkpoint has not: buffers that are never saved, and weights that are missing.
@@ -153,7 +160,7 @@ class EverlongForCausalLM(PreTrainedModel, GenerationMixin):
         """
         place = next((name for name, part in self.named_modules() if part is module), "")
         if not place.startswith("blocks."):
-            super()._init_weights(module)
+            super()._init_weights(module)  # type: ignore[no-untyped-call]
             return
         _, layer, *inside = place.split(".")
         shape = self.config.model_config()
@@ -173,8 +180,17 @@ class EverlongForCausalLM(PreTrainedModel, GenerationMixin):
     def _supports_default_dynamic_cache(cls) -> bool:
         return False
 
-    def _prepare_cache_for_generation(self, generation_config: Any, model_kwargs: dict[str, Any], *rest: Any) -> None:
-        super()._prepare_cache_for_generation(generation_config, model_kwargs, *rest)
+    def _prepare_cache_for_generation(
+        self,
+        generation_config: GenerationConfig,
+        model_kwargs: dict[str, Any],
+        generation_mode: Any,
+        batch_size: int,
+        max_cache_length: int,
+    ) -> Any:
+        super()._prepare_cache_for_generation(
+            generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
+        )
         if generation_config.use_cache is not False and model_kwargs.get("past_key_values") is None:
             model_kwargs["past_key_values"] = StateCache()
 
@@ -205,9 +221,10 @@ class EverlongForCausalLM(PreTrainedModel, GenerationMixin):
         Raises:
             ValueError: the inputs do not fit each other, or attention weights are asked for.
         """
-        if (input_ids is None) == (inputs_embeds is None):
+        tokens = input_ids if inputs_embeds is None else inputs_embeds
+        if tokens is None or (input_ids is not None and inputs_embeds is not None):
             raise ValueError(
-                "a call takes either `input_ids` or `inputs_embeds`: got " + ("none" if input_ids is None else "both")
+                f"a call takes either `input_ids` or `inputs_embeds`: got {'none' if tokens is None else 'both'}"
             )
         if output_attentions:
             raise ValueError(
@@ -215,9 +232,8 @@ class EverlongForCausalLM(PreTrainedModel, GenerationMixin):
             )
         if not (past_key_values is None or isinstance(past_key_values, StateCache)):
             raise ValueError(
-                f"`past_key_values` must be a StateCache: got {type(past_key_values).__name__}. Leave it out for a new one"
+                f"`past_key_values` must be a StateCache, or left out: got {type(past_key_values).__name__}"
             )
-        tokens = input_ids if inputs_embeds is None else inputs_embeds
         wanted = not self.training and labels is None if use_cache is None else use_cache
         cache = StateCache() if past_key_values is None and wanted else past_key_values
         real = real_tokens(attention_mask, tokens, 0 if cache is None else cache.columns)
