@@ -148,8 +148,8 @@ class EverlongForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[no-
         self.embedding, self.blocks, self.norm = model.embedding, model.blocks, model.norm
         self.head: nn.Module = model.head
         if self.embedding.weight.device.type != "meta":
-            for module in self.modules():
-                module._is_hf_initialized = True  # type: ignore[assignment]  # everlong's initial weights are not drawn again
+            for module in self.modules():  # so that transformers does not draw other weights in the place of these
+                module._is_hf_initialized = True  # type: ignore[assignment]
         self.post_init()  # type: ignore[no-untyped-call]
 
     def _init_weights(self, module: nn.Module) -> None:
