@@ -4,13 +4,14 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
+import tyro
 from tyro.conf import Positional
 
 from everlong.cli import console
 from everlong.cli.train import SETTINGS, read_settings
-from everlong.config import config
+from everlong.config import config, from_dict
 from everlong.data.loader import Dataset, TokenSplit
 from everlong.data.packing import FILE as DATASET
 from everlong.data.packing import Progress as Preparing
@@ -20,7 +21,9 @@ from everlong.models import run as runs
 from everlong.models.baselines import ByteNGram, xz_bits_per_byte
 from everlong.train.evaluate import Evaluation, evaluate, merge, sample
 from everlong.train.precision import Asked, resolve
+from everlong.train.settings import TrainConfig
 
+LARGEST = 1 << 40  # tokens: more is a slip
 LENGTH = 512  # of windows where the run does not say with what it was trained
 
 
@@ -34,7 +37,7 @@ class Arguments:
 
     run: Positional[str]
     """The run folder."""
-    data: str
+    data: Annotated[str, tyro.conf.arg(metavar="SRC")]
     """A folder prepared with the run's tokenizer, or any source that `everlong prepare` takes."""
     split: Literal["heldout", "train", "all"] = "heldout"
     """Which documents."""
@@ -52,6 +55,13 @@ class Arguments:
     """The field of JSONL and Parquet that holds the text."""
     baselines: bool = True
     """Compare with the 5-gram and with xz."""
+
+    def __post_init__(self) -> None:
+        for name in ("length", "stride", "max_tokens", "batch_size"):
+            value = getattr(self, name)
+            if value is not None and not 1 <= value <= LARGEST:
+                bound = "at least 1" if value < 1 else f"at most {LARGEST:,}"
+                raise ValueError(f"`{name}` must be {bound}: got {value:,}")
 
 
 def run(arguments: Arguments) -> dict[str, object]:
@@ -83,7 +93,9 @@ def run(arguments: Arguments) -> dict[str, object]:
 
 def _trained_length(folder: Path) -> int:
     """The length of the sequences that the run was trained on."""
-    return int(read_settings(folder)["train"]["length"]) if (folder / SETTINGS).is_file() else LENGTH
+    if not (folder / SETTINGS).is_file():
+        return LENGTH
+    return from_dict(TrainConfig, read_settings(folder)["train"]).length
 
 
 @contextmanager

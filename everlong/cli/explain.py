@@ -40,6 +40,11 @@ class Arguments:
 def run(arguments: Arguments) -> dict[str, object]:
     """Explains what the name stands for; a mixer comes before a folder of the same name."""
     name = arguments.name
+    first = name.partition(":")[0]
+    if ":" in name and first in mixers.names():
+        raise ValueError(
+            f"options of a mixer belong to a training: got `{name}`. `everlong explain {first}` lists them"
+        )
     if name in mixers.names() or ":" in name:
         return _mixer(name)
     if Path(name).exists():

@@ -8,9 +8,11 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Annotated
 
 import tyro
 
+from everlong.cli.parsing import MAY_BE_EMPTY
 from everlong.config import config
 from everlong.data.tokenizer import StreamDecoder, Tokenizer
 from everlong.generate.decode import StopStrings, stream
@@ -31,7 +33,7 @@ class Arguments:
 
     run: tyro.conf.Positional[Path]
     """Folder of the run."""
-    prompt: str | None = None
+    prompt: Annotated[str | None, MAY_BE_EMPTY] = None
     """The text to continue; - reads it from standard input; an empty one begins a new document."""
     prompt_file: Path | None = None
     """File with the text to continue, as it is, its last line break included."""
@@ -141,4 +143,5 @@ def read_prompt(prompt: str | None, file: Path | None) -> str:
     try:
         return data.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{source} is no UTF-8 text: byte 0x{data[error.start]:02x} at offset {error.start}") from None
+        where = f"byte 0x{data[error.start]:02x} at offset {error.start}"
+        raise ValueError(f"{source} is no UTF-8 text: {where}. `iconv -t UTF-8` converts a text") from None

@@ -7,6 +7,7 @@ from pathlib import Path
 from tyro.conf import Positional
 
 from everlong.cli import console
+from everlong.cli.places import check_free
 from everlong.config import config
 from everlong.data.packing import Preparation, Progress, prepare
 from everlong.data.tokenizer import Tokenizer
@@ -36,6 +37,7 @@ class Arguments:
 
 
 def run(arguments: Arguments) -> dict[str, object]:
+    check_free(arguments.out)
     with _progress() as report:
         done = prepare(
             arguments.sources,
