@@ -135,7 +135,7 @@ def explain_stranger(strangers: Sequence[str], known: Sequence[str]) -> str:
     if not named:
         return f"nothing takes the word `{strangers[0]}`"
     option = named[0].replace("_", "-")
-    if option in known:
+    if option in known and "=" in strangers[0]:
         return f"`{option}` takes no value: got `{strangers[0].partition('=')[2]}`"
     longer = [name for name in known if name.startswith(option)] if len(option) > 3 else []
     by_word = {name.lstrip("-"): name for name in known}  # the hyphens, which all share, would make all look alike

@@ -189,7 +189,7 @@ def parse_layer(text: str) -> Layer:
     """A mixer's name with options after colons: "attention:window=128". The name may be "package.module:Class".
 
     Raises:
-        ValueError: an option is not written as key=value.
+        ValueError: an option is not written as key=value, or is given twice.
     """
     name, *options = text.split(":")
     if options and "=" not in options[0] and name not in mixers.names():
@@ -197,11 +197,14 @@ def parse_layer(text: str) -> Layer:
     values: dict[str, Any] = {}
     for option in options:
         key, equals, value = option.partition("=")
+        key = key.replace("-", "_")
         if not key or not equals:
             raise ValueError(f"an option of a layer is written as key=value: got `{option}` in `{text}`")
         if key == "mixer":
             raise ValueError(f"a layer has one mixer, which stands first: got `{option}` in `{text}`")
-        values[key.replace("-", "_")] = _value(value)
+        if key in values:
+            raise ValueError(f"an option of a layer must be given once: `{key}` is given twice in `{text}`")
+        values[key] = _value(value)
     return {"mixer": name, **values} if values else name
 
 
