@@ -1,7 +1,7 @@
 """Measures how well a run predicts text: perplexity, bits per byte, loss by position."""
 
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Literal
@@ -151,22 +151,29 @@ def _baselines(arguments: Arguments, dataset: Dataset, splits: Sequence[TokenSpl
     """
     documents = [text for split in splits for text in _texts(dataset, split, arguments.max_tokens)]
     found: dict[str, float] = {}
-    with console.progress("baselines") as report:
-        if arguments.split == "heldout" and len(dataset.split("train")):
-            report(0, "5-gram")
-            gram = ByteNGram(order=5).fit(_texts(dataset, dataset.split("train")))
+    train = dataset.split("train")
+    if arguments.split == "heldout" and len(train):
+        with console.progress("baseline: 5-gram of bytes", int(train.bytes.sum())) as report:
+            gram = ByteNGram(order=5).fit(_counted(_texts(dataset, train), report))
             found["five_gram"] = gram.bits_per_byte(documents)
-        report(1, "xz")
-        found["xz"] = xz_bits_per_byte(documents)
+    with console.progress("baseline: xz -9", sum(map(len, documents))) as report:
+        found["xz"] = xz_bits_per_byte(_counted(documents, report))
     return found
 
 
-def _texts(dataset: Dataset, split: TokenSplit, max_tokens: int | None = None) -> list[bytes]:
+def _texts(dataset: Dataset, split: TokenSplit, max_tokens: int | None = None) -> Iterator[bytes]:
     """The documents that an evaluation scores, as the bytes that they were."""
-    return [
-        dataset.tokenizer.decode_bytes(split.document(document)[:tokens].tolist())
-        for document, tokens in sample(split, max_tokens)
-    ]
+    for document, tokens in sample(split, max_tokens):
+        yield dataset.tokenizer.decode_bytes(split.document(document)[:tokens].tolist())
+
+
+def _counted(documents: Iterable[bytes], report: console.Report) -> Iterator[bytes]:
+    """The documents as they are taken, with a report of how many bytes that makes."""
+    done = 0
+    for document in documents:
+        yield document
+        done += len(document)
+        report(done, console.size(done))
 
 
 def _tell(arguments: Arguments, length: int, found: Evaluation, compared: dict[str, float]) -> dict[str, object]:

@@ -65,7 +65,7 @@ def _mixer(name: str) -> dict[str, object]:
     console.table(
         ["option", "type", "default", ""],
         [(field["name"], field["type"], field["default"], field["help"]) for field in fields],
-        title="Options",
+        title=f"Options, given as --mixer {name}:option=value; `width` is the model's",
     )
     print()
     _show_costs(costs, f"Cost of one layer of width {WIDTH}")

@@ -7,15 +7,17 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Annotated
 
 import tyro
 
+from everlong.cli import console
 from everlong.cli.parsing import MAY_BE_EMPTY
 from everlong.config import config
 from everlong.data.tokenizer import StreamDecoder, Tokenizer
-from everlong.generate.decode import StopStrings, stream
+from everlong.generate.decode import CHUNK, StopStrings, stream
 from everlong.generate.sampling import Sampling
 from everlong.models.lm import LanguageModel
 from everlong.models.run import load, load_tokenizer
@@ -72,7 +74,11 @@ def run(arguments: Arguments) -> dict[str, object]:
     model, tokenizer = load(arguments.run), load_tokenizer(arguments.run)
     prompt_tokens = tokenizer.encode(prompt) or [tokenizer.end]
     told, text = Told(), ""
-    for piece in pieces(model, tokenizer, prompt_tokens, arguments, told):
+    made = pieces(model, tokenizer, prompt_tokens, arguments, told)
+    if len(prompt_tokens) > CHUNK:  # a shorter prompt is read at once
+        with console.progress(f"reading a prompt of {len(prompt_tokens):,} tokens"):
+            made = chain([next(made)], made)
+    for piece in made:
         text += piece
         sys.stdout.write(piece)
         sys.stdout.flush()

@@ -124,7 +124,8 @@ def _resume(arguments: Arguments, folder: Path) -> tuple[LanguageModel, Dataset,
     given = arguments.data is not None and (Path(arguments.data) / DATASET).is_file()
     dataset = Dataset.open(str(arguments.data) if given else recorded["data"])
     _record(folder, dataset, shape, settings)
-    found = checkpoint.latest(folder / "training")
+    with console.progress(f"verifying the checkpoints of {folder}"):
+        found = checkpoint.latest(folder / "training")
     for damage in found.damaged:
         print(damage, file=sys.stderr)
     if found.checkpoint is None and found.damaged:

@@ -432,5 +432,7 @@ class _Clock:
                 told = now
                 self._report(Progress(name, done, total))
 
+        if self._report:  # some stages say nothing for long, and should not begin in silence
+            self._report(Progress(name, 0, None))
         yield tell
         self.seconds[name] = time.perf_counter() - began
