@@ -101,4 +101,4 @@ def _show(out: Path, done: Preparation) -> None:
     else:
         stages = ", ".join(f"{stage} {seconds:.1f} s" for stage, seconds in done.seconds.items())
         print(f"{out} is ready: {stages} ({done.megabytes_per_second:.1f} MB/s)")
-    print(f"Next: everlong train --data {out} --mixer gated_deltanet --out RUN")
+    print(f"Next: everlong train --data {out} --mixer gated_deltanet --minutes 10 --out runs/{out.name}")

@@ -327,7 +327,9 @@ def _tell(folder: Path, model: LanguageModel, result: Result) -> dict[str, objec
     shown["parameters"] = console.count(parameters)
     shown["run"] = folder
     console.fields(shown)
-    print(f"Next: everlong generate {folder} --prompt TEXT, or everlong eval {folder} --data SRC")
+    print("Next:")
+    print(f"  everlong generate {folder} --prompt TEXT")
+    print(f"  everlong eval {folder} --data {read_settings(folder)['data']}")
     return {
         "run": str(folder),
         "loss": held_out and held_out.loss,

@@ -6,6 +6,7 @@ import re
 import shlex
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -104,8 +105,9 @@ def test_help_lists_all_commands(capsys):
 
 
 def examples():
-    """Every command line that stands in the help of a command, or is shown to who types nothing else."""
-    lines = list(command_line.JOURNEY)
+    """Every command line in the README, in the help of a command, and in what is shown to who types nothing else."""
+    readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    lines = [*command_line.JOURNEY, *re.findall(r"^ {4}(everlong .+?)(?: +#.*)?$", readme, re.MULTILINE)]
     for name in commands():
         module = command_line.importlib.import_module(f"everlong.cli.{name.replace('-', '_')}")
         found = re.findall(r"(?:^ *|: |\| )(everlong .+)$", module.Arguments.__doc__, re.MULTILINE)
