@@ -318,11 +318,6 @@ def test_it_gets_one_line(typed, line, place, capsys):
     assert everything(place) == before
 
 
-def test_a_tokenizer_config_is_not_blamed_on_the_tokenizer(place, capsys):
-    assert main(["generate", "listed-settings", "--prompt", "a"]) == 2
-    assert "tokenizer_config.json" in capsys.readouterr().err
-
-
 @pytest.mark.skipif(os.geteuid() == 0, reason="run as another user than root, whom permissions do not bind")
 def test_what_may_not_be_read_or_written(tmp_path, capsys):
     secret, closed = tmp_path / "secret.txt", tmp_path / "closed"
