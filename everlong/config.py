@@ -45,13 +45,35 @@ def label(cls: type) -> str:
     return cls.__module__.rpartition(".")[2] if cls.__name__ == "Options" else cls.__name__
 
 
+# By how pydantic's names of errors begin: the rule in words, where its own message speaks of parsing.
+_KINDS = {
+    "int": "a whole number",
+    "float": "a number",
+    "bool": "true or false",
+    "string": "a text",
+    "tuple": "a list",
+    "dict": "a mapping",
+    "dataclass": "a mapping",
+}
+
+
 def explain(cls: type, error: pydantic.ValidationError) -> str:
     """A pydantic error in one line: the rule, what arrived."""
-    parts = []
+    parts, kinds = [], dict[tuple[str, str], list[str]]()
     for item in error.errors():
-        where = ".".join(str(place) for place in item["loc"])
+        # Where a field may be one of several types, the type that was tried stands last, and is no place.
+        where = ".".join(str(place) for place in item["loc"] if str(place) != "str" and "[" not in str(place))
         message = item["msg"].removeprefix("Value error, ")
-        parts.append(message if not where else f"`{where}` of {label(cls)}: {message}, got {item['input']!r}")
+        kind = item["type"].partition("_")[0]
+        if not where:
+            parts.append(message)
+        elif item["type"] == "missing":
+            parts.append(f"`{where}` of {label(cls)} is missing")
+        elif kind in _KINDS:
+            kinds.setdefault((where, repr(item["input"])), []).append(_KINDS[kind])
+        else:
+            parts.append(f"`{where}` of {label(cls)}: {message[:1].lower()}{message[1:]}, got {item['input']!r}")
+    parts += [f"`{where}` of {label(cls)} must be {' or '.join(k)}: got {got}" for (where, got), k in kinds.items()]
     return "; ".join(parts)
 
 

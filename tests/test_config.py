@@ -34,9 +34,9 @@ def test_round_trip_through_json(name, scale, size, layers):
     ("values", "message"),
     [
         ({"nam": "x"}, "unknown option of Outer `nam`. Nearest: `name`"),
-        ({"name": "x", "scale": "wide"}, "`scale` of Outer: .*got 'wide'"),
-        ({"name": "x", "inner": {"size": 1.5}}, "`inner.size` of Outer"),
-        ({}, "`name` of Outer: Field required"),
+        ({"name": "x", "scale": "wide"}, "`scale` of Outer must be a number: got 'wide'"),
+        ({"name": "x", "inner": {"size": 1.5}}, "`inner.size` of Outer must be a whole number: got 1.5"),
+        ({}, "`name` of Outer is missing"),
     ],
 )
 def test_errors_are_one_line_with_the_way_out(values, message):

@@ -3,10 +3,11 @@
 import json
 import math
 import sys
+import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
@@ -14,8 +15,11 @@ from rich.table import Table
 
 _WIDE = 200  # columns where no terminal says how many there are: nothing is cut in a file or a pipe
 _SECONDS_BETWEEN_LINES = 5.0
+_SECONDS_BEFORE_A_WORD = 2.0
+_SECONDS_OF_SILENCE = 20.0
 
 
+@runtime_checkable
 class Report(Protocol):
     """How far something is: `done` of `total` in any unit, and a few words on how it goes."""
 
@@ -32,7 +36,8 @@ def progress(title: str, total: float | None = None) -> Iterator[Report]:
         with _live(title, total) as report:
             yield report
     else:
-        yield _Lines(title, total)
+        with _Lines(title, total) as lines:
+            yield lines
 
 
 @contextmanager
@@ -56,11 +61,28 @@ def _live(title: str, total: float | None) -> Iterator[Report]:
 
 
 class _Lines:
-    """Progress as plain lines, for a log file or another program."""
+    """Progress as plain lines, for a log file or another program; something is said also where nothing is reported."""
 
     def __init__(self, title: str, total: float | None) -> None:
         self.title, self.total = title, total
         self.began = self.told = time.monotonic()
+        self.ended = threading.Event()
+
+    def __enter__(self) -> "_Lines":
+        threading.Thread(target=self._say_that_it_lasts, daemon=True).start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.ended.set()
+
+    def _say_that_it_lasts(self) -> None:
+        patience = _SECONDS_BEFORE_A_WORD
+        while not self.ended.wait(patience):
+            now = time.monotonic()
+            if now - self.told >= patience:
+                self.told = now
+                print(f"{self.title}: {duration(now - self.began)} so far", file=sys.stderr, flush=True)
+            patience = _SECONDS_OF_SILENCE
 
     def __call__(self, done: float, detail: str = "", *, total: float | None = None) -> None:
         self.total = self.total if total is None else total

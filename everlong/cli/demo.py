@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from everlong.cli import console, eval, generate, prepare, train
+from everlong.cli.places import check_free_for_run
 from everlong.config import config
-from everlong.lab.chart import line_chart
+from everlong.lab.chart import Panel, chart, smoothed
 from everlong.models.run import write_json
 from everlong.train.log import LOG
 
@@ -52,11 +53,13 @@ def run(arguments: Arguments) -> dict[str, object]:
     """Four commands, as a person would type them, and what came of them."""
     began, out = time.perf_counter(), arguments.out
     data = out.parent / "python-stdlib"
+    chosen = {"minutes": arguments.minutes, "seed": arguments.seed, **SHAPE, **TRAINING}
+    training = train.Arguments(data=str(data), out=str(out), overwrite=True, **chosen)
+    check_free_for_run(out)
     _typed(f"everlong prepare python-stdlib --out {data} --vocab-size {VOCABULARY}")
     prepare.run(prepare.Arguments(sources=("python-stdlib",), out=data, vocab_size=VOCABULARY))
-    chosen = {"minutes": arguments.minutes, "seed": arguments.seed, **SHAPE, **TRAINING}
     _typed(f"everlong train --data {data} --out {out} {_options(chosen)}")
-    trained = train.run(train.Arguments(data=str(data), out=str(out), overwrite=True, **chosen))
+    trained = train.run(training)
     _typed(f"everlong eval {out} --data {data} {_options(CONTEXT)}")
     evaluated: Any = eval.run(eval.Arguments(run=str(out), data=str(data), **CONTEXT))
     for prompt in PROMPTS:
@@ -79,16 +82,22 @@ def run(arguments: Arguments) -> dict[str, object]:
 
 
 def picture(log: Path, bits: dict[str, float]) -> str:
-    """Bits per byte on held-out text while training, above the baselines' levels."""
+    """The training loss, and bits per byte on held-out text above the baselines' levels, against time."""
     rows = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
+    loss = [(row["seconds"], row["loss"]) for row in rows if row["loss"] is not None]
     held_out = [(row["seconds"], row["held_out_bits_per_byte"]) for row in rows if "held_out_bits_per_byte" in row]
-    levels = {"byte 5-gram": bits["five_gram"], "xz -9": bits["xz"], "model, all held-out": bits["model"]}
-    return line_chart(
+    levels = {"byte 5-gram": bits["five_gram"], "xz -9": bits["xz"], "model, all files": bits["model"]}
+    return chart(
         "Python's standard library, predicted by a model trained on this machine",
-        {"model": held_out},
+        [
+            Panel("training loss, nats per token", {"running mean": smoothed(loss)}, faint={"each update": loss}),
+            Panel(
+                "held-out files, bits per byte",
+                {"while training": held_out},
+                levels={f"{name}: {value:.2f}": value for name, value in levels.items()},
+            ),
+        ],
         x_label="seconds of training",
-        y_label="bits per byte, held-out",
-        levels=levels,
     )
 
 

@@ -236,7 +236,7 @@ def _show(found: dict[str, Any]) -> None:
         [(name, choice["backend"], choice["reason"]) for name, choice in found["backends"].items()],
     )
     print()
-    console.table(["extra", "state"], list(_extras_rows(found["extras"])))
+    console.table(["optional extra", "state"], list(_extras_rows(found["extras"])))
     print()
     for item in found["problems"]:
         print(f"Problem: {item['problem']}. Remedy: {item['remedy']}.")

@@ -1,16 +1,17 @@
 """Measures how well a run predicts text: perplexity, bits per byte, loss by position."""
 
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
+import tyro
 from tyro.conf import Positional
 
 from everlong.cli import console
 from everlong.cli.train import SETTINGS, read_settings
-from everlong.config import config
+from everlong.config import config, from_dict
 from everlong.data.loader import Dataset, TokenSplit
 from everlong.data.packing import FILE as DATASET
 from everlong.data.packing import Progress as Preparing
@@ -20,7 +21,9 @@ from everlong.models import run as runs
 from everlong.models.baselines import ByteNGram, xz_bits_per_byte
 from everlong.train.evaluate import Evaluation, evaluate, merge, sample
 from everlong.train.precision import Asked, resolve
+from everlong.train.settings import TrainConfig
 
+LARGEST = 1 << 40  # tokens: more is a slip
 LENGTH = 512  # of windows where the run does not say with what it was trained
 
 
@@ -34,7 +37,7 @@ class Arguments:
 
     run: Positional[str]
     """The run folder."""
-    data: str
+    data: Annotated[str, tyro.conf.arg(metavar="SRC")]
     """A folder prepared with the run's tokenizer, or any source that `everlong prepare` takes."""
     split: Literal["heldout", "train", "all"] = "heldout"
     """Which documents."""
@@ -52,6 +55,13 @@ class Arguments:
     """The field of JSONL and Parquet that holds the text."""
     baselines: bool = True
     """Compare with the 5-gram and with xz."""
+
+    def __post_init__(self) -> None:
+        for name in ("length", "stride", "max_tokens", "batch_size"):
+            value = getattr(self, name)
+            if value is not None and not 1 <= value <= LARGEST:
+                bound = "at least 1" if value < 1 else f"at most {LARGEST:,}"
+                raise ValueError(f"`{name}` must be {bound}: got {value:,}")
 
 
 def run(arguments: Arguments) -> dict[str, object]:
@@ -83,7 +93,9 @@ def run(arguments: Arguments) -> dict[str, object]:
 
 def _trained_length(folder: Path) -> int:
     """The length of the sequences that the run was trained on."""
-    return int(read_settings(folder)["train"]["length"]) if (folder / SETTINGS).is_file() else LENGTH
+    if not (folder / SETTINGS).is_file():
+        return LENGTH
+    return from_dict(TrainConfig, read_settings(folder)["train"]).length
 
 
 @contextmanager
@@ -139,22 +151,29 @@ def _baselines(arguments: Arguments, dataset: Dataset, splits: Sequence[TokenSpl
     """
     documents = [text for split in splits for text in _texts(dataset, split, arguments.max_tokens)]
     found: dict[str, float] = {}
-    with console.progress("baselines") as report:
-        if arguments.split == "heldout" and len(dataset.split("train")):
-            report(0, "5-gram")
-            gram = ByteNGram(order=5).fit(_texts(dataset, dataset.split("train")))
+    train = dataset.split("train")
+    if arguments.split == "heldout" and len(train):
+        with console.progress("baseline: 5-gram of bytes", int(train.bytes.sum())) as report:
+            gram = ByteNGram(order=5).fit(_counted(_texts(dataset, train), report))
             found["five_gram"] = gram.bits_per_byte(documents)
-        report(1, "xz")
-        found["xz"] = xz_bits_per_byte(documents)
+    with console.progress("baseline: xz -9", sum(map(len, documents))) as report:
+        found["xz"] = xz_bits_per_byte(_counted(documents, report))
     return found
 
 
-def _texts(dataset: Dataset, split: TokenSplit, max_tokens: int | None = None) -> list[bytes]:
+def _texts(dataset: Dataset, split: TokenSplit, max_tokens: int | None = None) -> Iterator[bytes]:
     """The documents that an evaluation scores, as the bytes that they were."""
-    return [
-        dataset.tokenizer.decode_bytes(split.document(document)[:tokens].tolist())
-        for document, tokens in sample(split, max_tokens)
-    ]
+    for document, tokens in sample(split, max_tokens):
+        yield dataset.tokenizer.decode_bytes(split.document(document)[:tokens].tolist())
+
+
+def _counted(documents: Iterable[bytes], report: console.Report) -> Iterator[bytes]:
+    """The documents as they are taken, with a report of how many bytes that makes."""
+    done = 0
+    for document in documents:
+        yield document
+        done += len(document)
+        report(done, console.size(done))
 
 
 def _tell(arguments: Arguments, length: int, found: Evaluation, compared: dict[str, float]) -> dict[str, object]:

@@ -40,6 +40,11 @@ class Arguments:
 def run(arguments: Arguments) -> dict[str, object]:
     """Explains what the name stands for; a mixer comes before a folder of the same name."""
     name = arguments.name
+    first = name.partition(":")[0]
+    if ":" in name and first in mixers.names():
+        raise ValueError(
+            f"options of a mixer belong to a training: got `{name}`. `everlong explain {first}` lists them"
+        )
     if name in mixers.names() or ":" in name:
         return _mixer(name)
     if Path(name).exists():
@@ -60,7 +65,7 @@ def _mixer(name: str) -> dict[str, object]:
     console.table(
         ["option", "type", "default", ""],
         [(field["name"], field["type"], field["default"], field["help"]) for field in fields],
-        title="Options",
+        title=f"Options, given as --mixer {name}:option=value; `width` is the model's",
     )
     print()
     _show_costs(costs, f"Cost of one layer of width {WIDTH}")

@@ -7,13 +7,17 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
+from typing import Annotated
 
 import tyro
 
+from everlong.cli import console
+from everlong.cli.parsing import MAY_BE_EMPTY
 from everlong.config import config
 from everlong.data.tokenizer import StreamDecoder, Tokenizer
-from everlong.generate.decode import StopStrings, stream
+from everlong.generate.decode import CHUNK, StopStrings, stream
 from everlong.generate.sampling import Sampling
 from everlong.models.lm import LanguageModel
 from everlong.models.run import load, load_tokenizer
@@ -31,7 +35,7 @@ class Arguments:
 
     run: tyro.conf.Positional[Path]
     """Folder of the run."""
-    prompt: str | None = None
+    prompt: Annotated[str | None, MAY_BE_EMPTY] = None
     """The text to continue; - reads it from standard input; an empty one begins a new document."""
     prompt_file: Path | None = None
     """File with the text to continue, as it is, its last line break included."""
@@ -70,7 +74,11 @@ def run(arguments: Arguments) -> dict[str, object]:
     model, tokenizer = load(arguments.run), load_tokenizer(arguments.run)
     prompt_tokens = tokenizer.encode(prompt) or [tokenizer.end]
     told, text = Told(), ""
-    for piece in pieces(model, tokenizer, prompt_tokens, arguments, told):
+    made = pieces(model, tokenizer, prompt_tokens, arguments, told)
+    if len(prompt_tokens) > CHUNK:  # a shorter prompt is read at once
+        with console.progress(f"reading a prompt of {len(prompt_tokens):,} tokens"):
+            made = chain([next(made)], made)
+    for piece in made:
         text += piece
         sys.stdout.write(piece)
         sys.stdout.flush()
@@ -141,4 +149,5 @@ def read_prompt(prompt: str | None, file: Path | None) -> str:
     try:
         return data.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{source} is no UTF-8 text: byte 0x{data[error.start]:02x} at offset {error.start}") from None
+        where = f"byte 0x{data[error.start]:02x} at offset {error.start}"
+        raise ValueError(f"{source} is no UTF-8 text: {where}. `iconv -t UTF-8` converts a text") from None

@@ -21,7 +21,8 @@ from everlong.cli.parsing import one_line, parse
 from everlong.config import unknown
 from everlong.train.memory import keep_freed_memory
 
-NO_COMMANDS = frozenset({"console", "main", "parsing"})
+NO_COMMANDS = frozenset({"console", "main", "parsing", "places"})
+NO_MEMORY = "can't allocate memory"  # how torch's allocator says it, in a plain RuntimeError
 
 
 def main(words: Sequence[str] | None = None) -> int:
@@ -43,7 +44,9 @@ def main(words: Sequence[str] | None = None) -> int:
 
 def _run(words: list[str]) -> int:
     words, as_json = without_json(words)
-    name = words[0] if words else "--help"
+    if not words:
+        return _journey(as_json)
+    name = words[0]
     if name in {"-h", "--help", "help"}:
         return _overview(as_json)
     if name == "--version":
@@ -68,6 +71,11 @@ def _run(words: list[str]) -> int:
         raise
     except (ValueError, OSError) as error:
         print(f"{program}: {one_line(error)}", file=sys.stderr)
+        return 2
+    except (MemoryError, RuntimeError) as error:
+        if not (isinstance(error, MemoryError) or NO_MEMORY in str(error)):
+            raise
+        print(f"{program}: there is not enough memory for this: take a smaller model, batch or length", file=sys.stderr)
         return 2
     if as_json:
         console.emit_json(result)
@@ -112,6 +120,29 @@ def summary(path: Path) -> str:
     """The first line of a file's docstring, without running the file."""
     text = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
     return text.partition("\n")[0].removesuffix(".")
+
+
+JOURNEY = {
+    "everlong demo": "all of it in minutes, on Python's own source",
+    "everlong prepare python-stdlib --out data/mine": "a tokenizer and packed tokens",
+    "everlong train --data data/mine --mixer gated_deltanet --minutes 10 --out runs/mine": "",
+    "everlong eval runs/mine --data data/mine": "how well it predicts",
+    'everlong generate runs/mine --prompt "import "': "what it writes",
+    "everlong mixers": "the kinds of models to choose from",
+    "everlong doctor": "what this machine will do, and what it lacks",
+}
+
+
+def _journey(as_json: bool) -> int:
+    """What somebody sees who types nothing but the name: from a text of their own to a model, in ten lines."""
+    if as_json:
+        return _overview(as_json)
+    print("everlong: efficient sequence models, from raw data to a served model.")
+    print("From text to a model (in place of python-stdlib name a text file or a folder of your own):")
+    for command, line in JOURNEY.items():
+        print(f"  {command:<48}  {line}".rstrip())
+    print("`everlong --help` lists all commands; `everlong COMMAND --help` shows a command's options and an example.")
+    return 0
 
 
 def _overview(as_json: bool) -> int:

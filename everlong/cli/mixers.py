@@ -39,7 +39,8 @@ def run(arguments: Arguments) -> dict[str, object]:
             for mixer in found
         ],
     )
-    print("\n`everlong explain NAME` shows the equations, the options and the cost of one.")
+    print("\n`everlong explain NAME` shows the equations, the options and the cost of one;")
+    print("`everlong train --data SRC --mixer NAME --out RUN` trains a model of it.")
     return {"mixers": found}
 
 

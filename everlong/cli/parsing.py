@@ -8,7 +8,7 @@ import contextlib
 import inspect
 import io
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, TypeVar, get_type_hints
 
 import pydantic
@@ -44,6 +44,9 @@ Names = Annotated[
 ]
 """A field that is given as a list with commas: `--layers mamba2,attention`."""
 
+MAY_BE_EMPTY = "may be empty"
+"""Annotates a field for which an empty text means something: `prompt: Annotated[str, MAY_BE_EMPTY]`."""
+
 
 def parse(cls: type[T], words: Sequence[str], *, program: str) -> T:
     """The arguments that `words` give; prints the help and raises SystemExit(0) where they ask for it.
@@ -51,6 +54,8 @@ def parse(cls: type[T], words: Sequence[str], *, program: str) -> T:
     Raises:
         ValueError: they give none; in one line.
     """
+    if told := explain_words(words, get_type_hints(cls, include_extras=True)):
+        raise ValueError(f"{told}. See `{program} --help`")
     box = io.StringIO()
     try:
         with contextlib.redirect_stderr(box):
@@ -86,6 +91,34 @@ def options(cls: type) -> list[str]:
     return [*names, "--help", "--json"]
 
 
+def explain_words(words: Sequence[str], fields: Mapping[str, Any]) -> str:
+    """What is wrong with words that tyro would take in silence; nothing where all is well.
+
+    Of an option that is given twice the last would count, and an empty path would be the current folder.
+    """
+    marks = {name: getattr(annotation, "__metadata__", ()) for name, annotation in fields.items()}
+    places = [name for name in fields if tyro.conf.Positional in marks[name]]
+    given: set[str] = set()
+    before = ""
+    for word in words:
+        option, equals, value = word.partition("=") if word.startswith("--") else ("", "", word)
+        name = option.removeprefix("--").replace("-", "_")
+        name = name if name in fields else name.removeprefix("no_")
+        if option and name in fields:
+            if equals and fields[name] is bool:
+                return f"`{option}` takes no value: got `{value}`"
+            if name in given and tyro.conf.UseAppendAction not in marks[name]:
+                return f"`{option}` must be given once: it is given twice"
+            given.add(name)
+        owner = name if option else before
+        if not value and (equals or not option) and owner in fields and MAY_BE_EMPTY not in marks[owner]:
+            return f"`--{owner.replace('_', '-')}` must not be empty"
+        if not value and not option and not owner and places:
+            return f"`{places[0].upper()}` must not be empty"
+        before = name if option and not equals and fields.get(name) is not bool else ""
+    return ""
+
+
 def explain_fields(error: pydantic.ValidationError) -> str:
     """What is wrong with values that were read: the option, the rule, what arrived."""
     parts = []
@@ -102,6 +135,8 @@ def explain_stranger(strangers: Sequence[str], known: Sequence[str]) -> str:
     if not named:
         return f"nothing takes the word `{strangers[0]}`"
     option = named[0].replace("_", "-")
+    if option in known and "=" in strangers[0]:
+        return f"`{option}` takes no value: got `{strangers[0].partition('=')[2]}`"
     longer = [name for name in known if name.startswith(option)] if len(option) > 3 else []
     by_word = {name.lstrip("-"): name for name in known}  # the hyphens, which all share, would make all look alike
     close = longer[0] if longer else by_word.get(nearest(option.lstrip("-"), by_word) or "")

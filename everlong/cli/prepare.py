@@ -7,6 +7,7 @@ from pathlib import Path
 from tyro.conf import Positional
 
 from everlong.cli import console
+from everlong.cli.places import check_free
 from everlong.config import config
 from everlong.data.packing import Preparation, Progress, prepare
 from everlong.data.tokenizer import Tokenizer
@@ -36,6 +37,7 @@ class Arguments:
 
 
 def run(arguments: Arguments) -> dict[str, object]:
+    check_free(arguments.out)
     with _progress() as report:
         done = prepare(
             arguments.sources,
@@ -99,4 +101,4 @@ def _show(out: Path, done: Preparation) -> None:
     else:
         stages = ", ".join(f"{stage} {seconds:.1f} s" for stage, seconds in done.seconds.items())
         print(f"{out} is ready: {stages} ({done.megabytes_per_second:.1f} MB/s)")
-    print(f"Next: everlong train --data {out} --mixer gated_deltanet --out RUN")
+    print(f"Next: everlong train --data {out} --mixer gated_deltanet --minutes 10 --out runs/{out.name}")

@@ -1,23 +1,28 @@
 """Trains a language model on text and leaves a run folder."""
 
+import dataclasses
 import json
 import shutil
 import signal
 import sys
 from contextlib import ExitStack
-from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+import psutil
 import torch
+import tyro
 
+from everlong import mixers
 from everlong.cli import console
 from everlong.cli.parsing import Names
+from everlong.cli.places import check_free_for_run
 from everlong.config import config, from_dict, to_dict
-from everlong.data.loader import Dataset
+from everlong.data.loader import Dataset, Loader
 from everlong.data.packing import FILE as DATASET
 from everlong.data.packing import Progress as Preparing
 from everlong.data.packing import prepare
+from everlong.mixers.base import name_of
 from everlong.models import run as runs
 from everlong.models.lm import LanguageModel, Layer, ModelConfig
 from everlong.train import checkpoint
@@ -27,6 +32,8 @@ from everlong.train.loop import Progress, Result, holds_run, train
 from everlong.train.settings import TrainConfig
 
 SETTINGS = Path("training") / "settings.json"
+RECORDED = {"data": str, "model": dict, "train": dict}
+BYTES_A_PARAMETER = 12  # weight, gradient and one moment of the optimizer, in float32
 # What may be given anew with --resume: none of it changes what an update computes.
 FREE = frozenset({"steps", "evaluate_every", "evaluate_tokens", "final_tokens", "checkpoint_every", "keep", "on_nan"})
 
@@ -39,9 +46,9 @@ class Arguments(TrainConfig):
     A hybrid: everlong train --data novel.txt --layers mamba2,mamba2,attention:window=128 --out runs/novel
     """
 
-    out: str
+    out: Annotated[str, tyro.conf.arg(metavar="RUN")]
     """The run folder to make."""
-    data: str | None = None
+    data: Annotated[str | None, tyro.conf.arg(metavar="SRC")] = None
     """A prepared folder, or any source that `everlong prepare` takes."""
     mixer: str | None = None
     """The mixer of every layer, with options after colons: attention:window=128. `everlong mixers` lists them."""
@@ -91,15 +98,16 @@ def _begin(arguments: Arguments, folder: Path) -> tuple[LanguageModel, Dataset, 
         raise ValueError("needs `--mixer NAME` or `--layers a,b,...`, one of them; `everlong mixers` lists the mixers")
     if (holds_run(folder) or (folder / LOG).exists()) and not arguments.overwrite:
         raise ValueError(f"{folder} holds a run already: go on with it by --resume, or remove it by --overwrite")
+    check_free_for_run(folder)
     layers = tuple(parse_layer(layer) for layer in (arguments.layers or (str(arguments.mixer),)))
     shape = {"width": arguments.width, "num_layers": arguments.num_layers, "layers": layers}
-    from_dict(ModelConfig, {"vocab_size": arguments.vocab_size, **shape})  # what cannot work is told before the work
+    _check_shape(from_dict(ModelConfig, {"vocab_size": arguments.vocab_size, **shape}))
+    settings = TrainConfig(**{name: getattr(arguments, name) for name in to_dict(TrainConfig())})
     if arguments.overwrite:
         _clear(folder)
-    dataset = _dataset(arguments, folder)
+    dataset = _dataset(arguments, folder, settings)
     torch.manual_seed(arguments.seed)
     model = LanguageModel(from_dict(ModelConfig, {"vocab_size": dataset.tokenizer.vocab_size, **shape}))
-    settings = TrainConfig(**{name: getattr(arguments, name) for name in to_dict(TrainConfig())})
     _record(folder, dataset, model.config, settings)
     return model, dataset, settings
 
@@ -116,7 +124,8 @@ def _resume(arguments: Arguments, folder: Path) -> tuple[LanguageModel, Dataset,
     given = arguments.data is not None and (Path(arguments.data) / DATASET).is_file()
     dataset = Dataset.open(str(arguments.data) if given else recorded["data"])
     _record(folder, dataset, shape, settings)
-    found = checkpoint.latest(folder / "training")
+    with console.progress(f"verifying the checkpoints of {folder}"):
+        found = checkpoint.latest(folder / "training")
     for damage in found.damaged:
         print(damage, file=sys.stderr)
     if found.checkpoint is None and found.damaged:
@@ -127,6 +136,26 @@ def _resume(arguments: Arguments, folder: Path) -> tuple[LanguageModel, Dataset,
     else:
         print(f"going on from {found.checkpoint.path}", file=sys.stderr)
     return LanguageModel(shape), dataset, settings, found.checkpoint
+
+
+def _check_shape(shape: ModelConfig) -> None:
+    """Raises ValueError where such a model cannot be made, cannot be trained or has no room in memory."""
+    for mixer, options in map(shape.mixer, shape.layers):
+        if not getattr(options, "causal", True):
+            raise ValueError(
+                f"a layer of {name_of(mixer)} with causal=False sees the tokens that it is to predict: leave it out"
+            )
+    period = min(shape.num_layers, len(shape.layers))
+    with torch.device("meta"):
+        model = LanguageModel(dataclasses.replace(shape, num_layers=period))
+    blocks, others = (sum(p.numel() for p in part.parameters()) for part in (model.blocks, model.embedding))
+    parameters = others + blocks * shape.num_layers // period
+    needed, there = BYTES_A_PARAMETER * parameters, psutil.virtual_memory().total
+    if needed > there:
+        raise ValueError(
+            f"a model of {console.count(parameters)} parameters takes at least {console.size(needed)} while it is "
+            f"trained: this machine has {console.size(there)}. Take a smaller --width, --num-layers or --vocab-size"
+        )
 
 
 def _record(folder: Path, dataset: Dataset, shape: ModelConfig, settings: TrainConfig) -> None:
@@ -140,12 +169,20 @@ def read_settings(folder: Path) -> dict[str, Any]:
     """How the training of a run was set up: "data", "model" and "train".
 
     Raises:
-        ValueError: no training was begun there.
+        ValueError: no training was begun there, or what was written down is damaged.
     """
     place = folder / SETTINGS
     if not place.is_file():
-        raise ValueError(f"{folder} holds no training to go on with: there is no {SETTINGS}")
-    settings: dict[str, Any] = json.loads(place.read_text(encoding="utf-8"))
+        raise ValueError(
+            f"{folder} holds no training to go on with: there is no {SETTINGS}. `everlong train --data SRC --mixer "
+            f"NAME --out {folder}` begins one"
+        )
+    try:
+        settings = json.loads(place.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{place} is no JSON: {error}") from None
+    if not isinstance(settings, dict) or any(not isinstance(settings.get(k), t) for k, t in RECORDED.items()):
+        raise ValueError(f"{place} is damaged: it must hold {', '.join(RECORDED)}. Start a new run")
     return settings
 
 
@@ -153,17 +190,22 @@ def parse_layer(text: str) -> Layer:
     """A mixer's name with options after colons: "attention:window=128". The name may be "package.module:Class".
 
     Raises:
-        ValueError: an option is not written as key=value.
+        ValueError: an option is not written as key=value, or is given twice.
     """
     name, *options = text.split(":")
-    if options and "=" not in options[0]:
+    if options and "=" not in options[0] and name not in mixers.names():
         name = f"{name}:{options.pop(0)}"
     values: dict[str, Any] = {}
     for option in options:
         key, equals, value = option.partition("=")
+        key = key.replace("-", "_")
         if not key or not equals:
             raise ValueError(f"an option of a layer is written as key=value: got `{option}` in `{text}`")
-        values[key.replace("-", "_")] = _value(value)
+        if key == "mixer":
+            raise ValueError(f"a layer has one mixer, which stands first: got `{option}` in `{text}`")
+        if key in values:
+            raise ValueError(f"an option of a layer must be given once: `{key}` is given twice in `{text}`")
+        values[key] = _value(value)
     return {"mixer": name, **values} if values else name
 
 
@@ -177,7 +219,7 @@ def _value(text: str) -> Any:
 
 def _changes(arguments: Arguments, recorded: dict[str, Any], free: frozenset[str]) -> dict[str, Any]:
     """What was given anew: not the default, and not as recorded. ValueError where that is not among `free`."""
-    usual = {field.name: field.default for field in fields(Arguments)}
+    usual = {field.name: field.default for field in dataclasses.fields(Arguments)}
     given = {name: getattr(arguments, name) for name in recorded}
     anew = {name: value for name, value in given.items() if value not in (usual[name], recorded[name])}
     for name in anew.keys() - free:
@@ -194,9 +236,14 @@ def _data_folder(arguments: Arguments, folder: Path) -> Path:
     return source if (source / DATASET).is_file() else folder / "data"
 
 
-def _dataset(arguments: Arguments, folder: Path) -> Dataset:
-    """The prepared data; a source that is not prepared is, into the run's folder."""
+def _dataset(arguments: Arguments, folder: Path, settings: TrainConfig) -> Dataset:
+    """The prepared data; a source that is not prepared is, into the run's folder.
+
+    Raises:
+        ValueError: the source cannot be used, or is shorter than one sequence; what was prepared for nothing is gone.
+    """
     place = _data_folder(arguments, folder)
+    made = [path for path in (place, *place.parents) if not path.exists()]
     if place == folder / "data":
         with console.progress(f"preparing {arguments.data}") as report:
 
@@ -211,7 +258,14 @@ def _dataset(arguments: Arguments, folder: Path) -> Dataset:
                 seed=arguments.seed,
                 report=tell,
             )
-    return Dataset.open(place)
+    dataset = Dataset.open(place)
+    try:
+        Loader(dataset.split("train"), length=settings.length, batch_size=settings.rows)
+    except ValueError:
+        if made:
+            shutil.rmtree(made[-1])
+        raise
+    return dataset
 
 
 def _clear(folder: Path) -> None:
@@ -273,7 +327,9 @@ def _tell(folder: Path, model: LanguageModel, result: Result) -> dict[str, objec
     shown["parameters"] = console.count(parameters)
     shown["run"] = folder
     console.fields(shown)
-    print(f"Next: everlong generate {folder} --prompt TEXT, or everlong eval {folder} --data SRC")
+    print("Next:")
+    print(f"  everlong generate {folder} --prompt TEXT")
+    print(f"  everlong eval {folder} --data {read_settings(folder)['data']}")
     return {
         "run": str(folder),
         "loss": held_out and held_out.loss,

@@ -122,7 +122,10 @@ class Dataset:
             raise unknown("split", name, self.info.splits)
         dtype = np.dtype(self.info.dtype).newbyteorder("<")
         files = [_map(self.folder / file, dtype) for file in sorted(self.info.files) if _is_shard(file, name)]
-        table = np.load(self.folder / f"{name}.documents.npy")
+        try:
+            table = np.load(self.folder / f"{name}.documents.npy")
+        except ValueError:  # NumPy speaks of pickles where the file begins with anything else
+            raise ValueError(f"`{self.folder / name}.documents.npy` is damaged. Prepare the data again") from None
         tokens = Shards(files, self.info.shard_tokens) if len(files) > 1 else (*files, np.zeros(0, dtype))[0]
         names = Names(_map(self.folder / f"{name}.names.txt", np.dtype(np.uint8)), table[:, 2])
         return TokenSplit(tokens, np.ascontiguousarray(table[:, 0]), names, np.diff(table[:, 1]))

@@ -146,6 +146,8 @@ def prepare(
         check_vocab_size(vocab_size)
     if not 0.0 <= held_out <= 1.0:
         raise ValueError(f"`held_out` must be a share from 0 to 1: got {held_out}")
+    if not 0 <= seed < 1 << 63:
+        raise ValueError(f"`seed` must be at least 0 and below 2^63: got {seed}")
     options = Options(
         vocab_size=None if tokenizer else vocab_size,
         tokenizer=tokenizer.fingerprint if tokenizer else None,
@@ -360,6 +362,7 @@ def _stage(folder: Path) -> Iterator[Path]:
         ValueError: another process is preparing the same folder.
     """
     folder = Path(os.path.realpath(folder))
+    made = [parent for parent in folder.parents if not parent.exists()]
     folder.parent.mkdir(parents=True, exist_ok=True)
     stage = folder.with_name(f".{folder.name}.partial")
     stage.mkdir(exist_ok=True)
@@ -379,6 +382,9 @@ def _stage(folder: Path) -> Iterator[Path]:
                 shutil.rmtree(stage)
     finally:
         os.close(handle)
+        for parent in made:  # nearest first; one with the result, or with anything else, stays
+            with contextlib.suppress(OSError):
+                parent.rmdir()
 
 
 def _publish(stage: Path, folder: Path, info: DatasetInfo) -> None:
@@ -426,5 +432,7 @@ class _Clock:
                 told = now
                 self._report(Progress(name, done, total))
 
+        if self._report:  # some stages say nothing for long, and should not begin in silence
+            self._report(Progress(name, 0, None))
         yield tell
         self.seconds[name] = time.perf_counter() - began

@@ -123,7 +123,7 @@ def _what_was_there(source: Path) -> str:
     if str(source) == STDLIB:
         return f"this Python has no modules at {sysconfig.get_paths()['stdlib']}"
     if not source.is_dir():
-        return "the file is empty"
+        return "the file is empty" if not source.stat().st_size else "all of its rows are empty"
     names = [name for _, _, names in os.walk(source) for name in names]
     kinds = Counter(os.path.splitext(name)[1].lower() or "no suffix" for name in names)
     there = ", ".join(f"{count} {kind}" for kind, count in kinds.most_common(5)) or "no files"
@@ -261,13 +261,14 @@ def _json_rows(path: Path, field: str) -> Iterator[tuple[int, str]]:
             if not text.strip(MARK + " \t\r\n"):
                 continue
             try:
-                row = json.loads(text.removeprefix(MARK))
+                row = json.loads(text.removeprefix(MARK).rstrip("\r\n"))
             except (ValueError, RecursionError) as error:
+                reason = f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else error
                 cure = ". `jq -c .[]` makes lines of an array" if text.startswith("[") else ""
-                raise ValueError(f"{where} is no JSON object: {error}{cure}") from None
+                raise ValueError(f"{where} is no JSON object: {reason}{cure}") from None
             if not isinstance(row, dict):
                 cure = ". `jq -c .[]` makes lines of an array" if isinstance(row, list) else ""
-                raise ValueError(f"{where} must be a JSON object: got a {type(row).__name__}{cure}")
+                raise ValueError(f"{where} must be a JSON object: got {_kind_of(row)}{cure}")
             if field not in row:
                 raise _no_field(where, field, row)
             yield number, _text(row[field], f"`{field}` in {where}", b"\\u" in line)
@@ -309,9 +310,22 @@ def _no_field(where: str, field: str, fields: Iterable[str]) -> ValueError:
     return ValueError(f"{where} has no text field `{field}`.{hint} It has: {there} (--text-field names the field)")
 
 
+def _kind_of(value: object) -> str:
+    """What a value of a row is, in words."""
+    words = {
+        bool: "true or false",
+        int: "a number",
+        float: "a number",
+        str: "a text",
+        list: "a list",
+        dict: "an object",
+    }
+    return words.get(type(value), f"a {type(value).__name__}") if value is not None else "null"
+
+
 def _text(value: object, where: str, may_have_halves: bool) -> str:
     if not isinstance(value, str):
-        raise ValueError(f"{where} must be a text: got {'null' if value is None else type(value).__name__}")
+        raise ValueError(f"{where} must be a text: got {_kind_of(value)}")
     if may_have_halves:
         try:
             value.encode()

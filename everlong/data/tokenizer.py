@@ -24,6 +24,7 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 
 END = "<|endoftext|>"
 BYTES = 256
+LARGEST = 1 << 20  # tokens of a vocabulary that is trained: the library takes memory for all of them at once
 FILE, SETTINGS = "tokenizer.json", "tokenizer_config.json"
 
 # What other tokenizers call the token that ends a document, where their settings do not say it.
@@ -80,9 +81,11 @@ class Tokenizer:
         if not file.is_file():
             raise ValueError(f"there is no tokenizer at `{place}`: a {FILE} or a folder that has one is needed")
         beside = file.with_name(SETTINGS)
+        settings = _read_settings(beside) if beside.is_file() else None
         try:
-            settings = json.loads(beside.read_text("utf-8")) if beside.is_file() else None
             return cls(file.read_text("utf-8"), settings)
+        except UnicodeDecodeError as error:
+            raise ValueError(f"`{file}` is no tokenizer: it is not UTF-8 text, from offset {error.start} on") from None
         except ValueError as error:
             raise ValueError(f"`{file}` cannot be used: {one_line(error)}") from None
 
@@ -249,9 +252,11 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
 
 
 def check_vocab_size(vocab_size: int) -> None:
-    """Raises ValueError where a vocabulary has no room for the bytes and the end token."""
+    """Raises ValueError where a vocabulary has no room for the bytes and the end token, or is beyond all use."""
     if vocab_size <= BYTES:
         raise ValueError(f"`vocab_size` must be at least {BYTES + 1}, all bytes and the end token: got {vocab_size}")
+    if vocab_size > LARGEST:
+        raise ValueError(f"`vocab_size` must be at most {LARGEST:,}: got {vocab_size:,}. Usual: 4,096 to 131,072")
 
 
 def byte_tokenizer() -> Tokenizer:
@@ -277,6 +282,17 @@ def cut(text: str, size: int) -> list[str]:
         parts.append(text[start:end])
         start = end
     return [*parts, text[start:]] if parts else [text]
+
+
+def _read_settings(file: Path) -> dict[str, Any]:
+    """What a `tokenizer_config.json` says; ValueError where it is no JSON object."""
+    try:
+        settings = json.loads(file.read_text("utf-8"))
+    except ValueError as error:
+        raise ValueError(f"`{file}` is no JSON: {one_line(error)}") from None
+    if not isinstance(settings, dict):
+        raise ValueError(f"`{file}` must be a JSON object: got a {type(settings).__name__}")
+    return settings
 
 
 def one_line(error: BaseException) -> str:
@@ -310,7 +326,7 @@ def _end_token(settings: dict[str, Any], vocabulary: dict[str, int]) -> str:
     named = settings.get("eos_token")
     named = named.get("content") if isinstance(named, dict) else named
     if named is not None:
-        if named not in vocabulary:
+        if not isinstance(named, str) or named not in vocabulary:
             raise ValueError(f"`eos_token` of {SETTINGS} is {named!r}, which is not in the vocabulary")
         return str(named)
     for token in KNOWN_ENDS:

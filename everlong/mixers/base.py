@@ -9,6 +9,7 @@ import importlib
 import inspect
 import math
 import pkgutil
+import traceback
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -179,10 +180,19 @@ def _load_from_outside(name: str) -> type[Mixer]:
     place, _, label = name.partition(":")
     try:
         value = getattr(importlib.import_module(place), label)
-    except (ImportError, AttributeError) as error:
+    except (ImportError, AttributeError, ValueError) as error:
         raise ValueError(f"mixer `{name}` cannot be loaded: {error}") from error
+    except Exception as error:  # whatever a file of somebody else meets: its line is what helps
+        told = f"{type(error).__name__} {' '.join(str(error).split())}"
+        where = traceback.extract_tb(error.__traceback__)[-1]
+        line = "" if isinstance(error, SyntaxError) else f" at {where.filename}:{where.lineno}"
+        raise ValueError(f"mixer `{name}` cannot be loaded: {told}{line}") from error
     if not (inspect.isclass(value) and issubclass(value, Mixer)):
         raise ValueError(f"`{name}` is not derived from everlong.mixers.Mixer")
+    missing = [part for part in ("Config", "traits") if not hasattr(value, part)]
+    if missing or inspect.isabstract(value):
+        missing += sorted(value.__abstractmethods__)
+        raise ValueError(f"`{name}` is no whole mixer, it lacks {', '.join(missing)}: see everlong/mixers/base.py")
     return value
 
 

@@ -55,6 +55,8 @@ class Options:
     def __post_init__(self) -> None:
         divisible("width", self.width, "num_heads", self.heads)
         divisible("num_heads", self.heads, "num_key_heads", self.key_heads)
+        if self.head_keys < 1:
+            raise ValueError(f"`key_size` must be at least 1: got {self.head_keys}")
         if self.kernel < 1 or self.value_size < 1:
             raise ValueError(
                 f"`kernel` and a head's values must be at least 1: got kernel={self.kernel}, {self.value_size} values"

@@ -50,6 +50,8 @@ class Options:
     """Taps of the short convolutions of C, B and x."""
 
     def __post_init__(self) -> None:
+        if self.inner < 1:
+            raise ValueError(f"`expansion` must leave at least one channel of width={self.width}: got {self.expansion}")
         divisible("width * expansion", self.inner, "num_heads", self.heads)
         divisible("num_heads", self.heads, "num_groups", self.num_groups)
         if self.kernel < 1 or self.state_size < 1:

@@ -157,10 +157,14 @@ def xz_bits_per_byte(documents: Iterable[bytes]) -> float:
     Raises:
         ValueError: there is no byte.
     """
-    text = b"".join(documents)
-    if not text:
+    compressor = lzma.LZMACompressor(preset=9)
+    size = packed = 0
+    for text in documents:
+        size += len(text)
+        packed += len(compressor.compress(text))
+    if not size:
         raise ValueError("bits per byte are the mean over the bytes of some documents: got none")
-    return 8 * len(lzma.compress(text, preset=9)) / len(text)
+    return 8 * (packed + len(compressor.flush())) / size
 
 
 _NOTHING: Integers = np.zeros(0, dtype=np.int64)

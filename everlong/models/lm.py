@@ -20,6 +20,8 @@ from everlong.config import config, from_dict
 from everlong.mixers.base import Context, Cost, Mixer, unpadded
 from everlong.nn.layers import SwiGLU, exact, linear_cross_entropy
 
+LARGEST = {"vocab_size": 1 << 24, "width": 1 << 20, "num_layers": 1 << 12}  # beyond these a number is a slip
+
 Layer = str | dict[str, Any]  # a mixer's name, or {"mixer": name, option: value, ...}
 State = tuple[Any, ...]
 
@@ -46,6 +48,8 @@ class ModelConfig:
         for name in ("vocab_size", "width", "num_layers"):
             if getattr(self, name) < 1:
                 raise ValueError(f"`{name}` must be at least 1: got {getattr(self, name)}")
+            if getattr(self, name) > LARGEST[name]:
+                raise ValueError(f"`{name}` must be at most {LARGEST[name]:,}: got {getattr(self, name):,}")
         if not self.layers:
             raise ValueError(f"`layers` must name at least one mixer. There is: {', '.join(mixers.names())}")
         for layer in self.layers:
@@ -63,8 +67,12 @@ class ModelConfig:
             ValueError: no such mixer, or no such option.
         """
         options = {"mixer": layer} if isinstance(layer, str) else dict(layer)
-        if "mixer" not in options:
-            raise ValueError(f"a layer is a mixer's name or has a key `mixer`: got {layer!r}")
+        if not isinstance(options.get("mixer"), str):
+            raise ValueError(f"a layer is a mixer's name or has one under the key `mixer`: got {layer!r}")
+        if options.get("width", self.width) != self.width:
+            raise ValueError(
+                f"`width` is the model's, one for all layers: got {self.width}, and {layer!r}. Leave that out"
+            )
         found = mixers.load(options.pop("mixer"))
         fields = {field.name for field in dataclasses.fields(found.Config)}
         shared = {"bias": self.bias} if "bias" in fields else {}

@@ -13,7 +13,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 import everlong
-from everlong.config import from_dict, to_dict
+from everlong.config import from_dict, nearest, to_dict
+from everlong.data.packing import FILE as DATASET
 from everlong.data.tokenizer import Tokenizer
 from everlong.models.lm import LanguageModel, ModelConfig
 
@@ -53,9 +54,10 @@ def load(folder: str | Path) -> LanguageModel:
         ValueError: the folder is no run, or its weights do not fit its config.
     """
     folder = Path(folder)
-    model = LanguageModel(load_config(folder))
+    shape = load_config(folder)
     if not (folder / WEIGHTS).is_file():
         raise ValueError(f"{folder} has no {WEIGHTS}: its training has not saved a model yet")
+    model = LanguageModel(shape)
     try:
         with safe_open(folder / WEIGHTS, framework="pt") as file:
             weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
@@ -69,32 +71,62 @@ def load_config(folder: str | Path) -> ModelConfig:
     """The shape of the model in a run folder; ValueError where the folder is no run."""
     path = Path(folder) / CONFIG
     if not path.is_file():
-        raise ValueError(f"{folder} is no run: it has no {CONFIG}. `everlong train --out {folder}` makes one")
+        raise ValueError(f"{folder} is no run: {_what_instead(Path(folder))}")
     try:
         description = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{path} is no JSON: {error}") from None
+    if not isinstance(description, dict):
+        raise ValueError(f"{path} must be a JSON object: got {json.dumps(description)[:40]}")
     if description.get("model_type") != "everlong":
-        raise ValueError(f"{path} describes a `{description.get('model_type')}` model, not one of everlong")
+        kind = description.get("model_type", "nameless")
+        raise ValueError(
+            f"{path} describes a `{kind}` model: a run of everlong is needed, as `everlong train` makes it"
+        )
     known = {field.name for field in dataclasses.fields(ModelConfig)}
-    if "transformers_version" in description:  # written by transformers, which keeps what it likes beside our options
-        return from_dict(ModelConfig, {key: value for key, value in description.items() if key in known})
     beside = {"architectures", "model_type", "everlong_version", "dtype", "auto_map"}
-    return from_dict(
-        ModelConfig,
-        {
-            key: value
-            for key, value in description.items()
-            if key in known or not (key in beside or key.endswith("_token_id"))
-        },
-    )
+    loose = "transformers_version" in description  # transformers keeps more than our options
+    shape = {
+        key: value
+        for key, value in description.items()
+        if key in known or not (loose or key in beside or key.endswith("_token_id"))
+    }
+    try:
+        return from_dict(ModelConfig, shape)
+    except ValueError as error:
+        raise ValueError(f"{path} describes no model: {error}") from None
+
+
+def _what_instead(folder: Path) -> str:
+    """What stands where a run should be, and the way out."""
+    if not folder.exists():
+        close = nearest(folder.name, sorted(path.name for path in folder.parent.glob("*") if path.is_dir()))
+        hint = f". Nearest: `{folder.parent / close}`" if close else ""
+        return f"there is no such folder{hint}. `everlong train --out {folder}` makes one"
+    if not folder.is_dir():
+        return "it is a file. A run is a folder that `everlong train` has made"
+    if (folder / DATASET).is_file():
+        return f"it is prepared data. `everlong train --data {folder} --mixer NAME --out RUN` makes a run of it"
+    if (folder / "training").is_dir():
+        return f"its training has not saved a model yet. `everlong train --out {folder} --resume` goes on with it"
+    return f"it has no {CONFIG}. `everlong train` makes runs"
 
 
 def load_tokenizer(folder: str | Path) -> Tokenizer:
-    """The tokenizer of a run folder; ValueError where there is none."""
+    """The tokenizer of a run folder.
+
+    Raises:
+        ValueError: there is none, or it has tokens that the model does not know.
+    """
     if not (Path(folder) / "tokenizer.json").is_file():
-        raise ValueError(f"{folder} has no tokenizer.json")
-    return Tokenizer.load(Path(folder))
+        raise ValueError(f"{folder} has no tokenizer.json: copy the one of the data that it was trained on into it")
+    tokenizer, known = Tokenizer.load(Path(folder)), load_config(folder).vocab_size
+    if tokenizer.vocab_size > known:
+        raise ValueError(
+            f"the tokenizer in {folder} is not that of its model: it has {tokenizer.vocab_size:,} tokens, the model "
+            f"knows {known:,}. Copy the tokenizer.json of the data that it was trained on into it"
+        )
+    return tokenizer
 
 
 def fill(model: LanguageModel, weights: Mapping[str, Tensor], source: str) -> None:
@@ -110,12 +142,14 @@ def fill(model: LanguageModel, weights: Mapping[str, Tensor], source: str) -> No
         if names:
             listed = sorted(names)
             raise ValueError(
-                f"{source} {kind} {len(listed)} tensors: {', '.join(listed[:5])}{', ...' if listed[5:] else ''}"
+                f"{source} {kind} {len(listed)} tensors: {', '.join(listed[:5])}{', ...' if listed[5:] else ''}. "
+                "They are the weights of another model than the config's"
             )
     for name, value in expected.items():
         if value.shape != weights[name].shape:
             raise ValueError(
-                f"{source}: `{name}` must be {tuple(value.shape)} by the config, got {tuple(weights[name].shape)}"
+                f"{source}: `{name}` must be {tuple(value.shape)} by the config, got {tuple(weights[name].shape)}. "
+                "They are the weights of another model"
             )
     with torch.no_grad():
         model.load_state_dict(weights)

@@ -142,7 +142,12 @@ def _decide(operator: str, backend: str, device: str, dtype: torch.dtype, asked:
     if name == "auto":
         for candidate in candidates:
             if candidate.serves(device, dtype):
-                return Choice(operator, candidate.backend, f"the fastest there is for {dtype} on {device}", candidate)
+                return Choice(
+                    operator,
+                    candidate.backend,
+                    f"the fastest there is for {str(dtype).removeprefix('torch.')} on {device}",
+                    candidate,
+                )
         raise ValueError(f"{operator} takes floating-point tensors: got {dtype} on {device}")
     for candidate in candidates:
         if candidate.backend == name:

@@ -106,7 +106,10 @@ def evaluate(
         ValueError: a number is out of its range, or there is nothing to score.
     """
     stride = max(1, length // 2) if stride is None else stride
-    if length < 1 or not 1 <= stride <= length:
+    for name, value in (("length", length), ("batch_size", batch_size)):
+        if value is not None and value < 1:
+            raise ValueError(f"`{name}` must be at least 1: got {value}")
+    if not 1 <= stride <= length:
         raise ValueError(f"`stride` must be from 1 to `length`: got stride={stride}, length={length}")
     if max_tokens is not None and max_tokens < 1:
         raise ValueError(f"`max_tokens` must be at least 1: got {max_tokens}")

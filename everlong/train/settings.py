@@ -1,5 +1,7 @@
 """How a model is trained: the settings that, with the data, determine a run."""
 
+import dataclasses
+import math
 from typing import Literal
 
 from everlong.config import config, divisible
@@ -63,6 +65,10 @@ class TrainConfig:
     """What to do with a batch whose loss or gradient is no finite number."""
 
     def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, float) and not math.isfinite(value):
+                raise ValueError(f"`{field.name}` must be a finite number: got {value}")
         for name in ("steps", "length", "evaluate_tokens", "final_tokens", "keep"):
             if getattr(self, name) < 1:
                 raise ValueError(f"`{name}` must be at least 1: got {getattr(self, name)}")
@@ -72,6 +78,8 @@ class TrainConfig:
         for name in ("learning_rate", "matrix_learning_rate", "embedding_learning_rate", "weight_decay", "warmup"):
             if getattr(self, name) < 0:
                 raise ValueError(f"`{name}` must not be negative: got {getattr(self, name)}")
+        if not 0 <= self.seed < 1 << 63:
+            raise ValueError(f"`seed` must be at least 0 and below 2^63: got {self.seed}")
         if not 0 <= self.decay <= 1:
             raise ValueError(f"`decay` is a fraction of the run, from 0 to 1: got {self.decay}")
         divisible("batch_tokens", self.batch_tokens, "length", self.length)

@@ -1,6 +1,7 @@
 """Output: numbers as a person reads them, JSON that every reader takes, progress on standard error."""
 
 import json
+import time
 
 import pytest
 
@@ -51,6 +52,16 @@ def test_progress_elsewhere_is_a_line_now_and_then(capsys, monkeypatch):
     told = capsys.readouterr()
     assert told.out == ""
     assert told.err == "reading: 25 %, 12 MB/s, 0:18 left\nreading: 100 %, done\n"
+
+
+def test_what_reports_nothing_is_not_silent(capsys, monkeypatch):
+    monkeypatch.setattr(console, "_SECONDS_BEFORE_A_WORD", 0.01)
+    with console.progress("sorting"):
+        for _ in range(500):
+            if told := capsys.readouterr().err:
+                break
+            time.sleep(0.01)
+    assert told == "sorting: 0:00 so far\n"
 
 
 def test_progress_in_a_terminal_is_one_live_line(capsys, monkeypatch):

@@ -88,7 +88,7 @@ def test_mistakes(folder, tmp_path, capsys):
         ),
         ([run, "--prompt", "\udcff"], "a text holds half a surrogate pair"),
         ([run, "--prompt", "a", "--temperature", "-1"], "`temperature` must be at least 0"),
-        ([run, "--prompt", "a", "--stop", ""], "a stop string must hold at least one character"),
+        ([run, "--prompt", "a", "--stop", ""], "`--stop` must not be empty"),
         ([str(tmp_path), "--prompt", "a"], f"{tmp_path} is no run"),
         ([run, "--prompt", "a", "--top-k", "few"], "`--top-k` takes a whole number: got `few`"),
     ]:

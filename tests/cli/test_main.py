@@ -2,14 +2,18 @@
 
 import json
 import os
+import re
+import shlex
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from everlong import __version__, cli
 from everlong.cli import main as command_line
 from everlong.cli.main import commands, main, summary, without_json
+from everlong.cli.parsing import parse
 
 FAKE = '''
 """Fails as it is told. The second sentence.
@@ -83,12 +87,44 @@ def test_every_command_tells_what_it_does_in_a_line():
 
 def test_without_words_it_tells_what_one_can_do(capsys):
     assert main([]) == 0
-    told = capsys.readouterr().out
-    assert all(f"everlong {name} " in told for name in commands())
-    assert len(told.splitlines()) == len(commands()) + 2
+    told = capsys.readouterr().out.splitlines()
+    assert len(told) <= 10
+    assert "`everlong --help` lists all commands" in told[-1]
+    journey = [line.split()[1] for line in told if line.startswith("  everlong ")]
+    assert journey == ["demo", "prepare", "train", "eval", "generate", "mixers", "doctor"]
+
+
+def test_help_lists_all_commands(capsys):
     for words in (["--help"], ["-h"], ["help"]):
         assert main(words) == 0
-        assert capsys.readouterr().out == told
+        told = capsys.readouterr().out
+        assert all(f"everlong {name} " in told for name in commands())
+        assert len(told.splitlines()) == len(commands()) + 2
+    assert main(["--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["commands"].keys() == commands().keys()
+
+
+def examples():
+    """Every command line in the README, in the help of a command, and in what is shown to who types nothing else."""
+    readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    lines = [*command_line.JOURNEY, *re.findall(r"^ {4}(everlong .+?)(?: +#.*)?$", readme, re.MULTILINE)]
+    for name in commands():
+        module = command_line.importlib.import_module(f"everlong.cli.{name.replace('-', '_')}")
+        found = re.findall(r"(?:^ *|: |\| )(everlong .+)$", module.Arguments.__doc__, re.MULTILINE)
+        assert found, f"{name} has no example"
+        lines += found
+    return lines
+
+
+@pytest.mark.parametrize("line", examples())
+def test_every_example_is_a_command_that_can_be_given(line):
+    _, name, *words = shlex.split(line)
+    assert name in commands()
+    module = command_line.importlib.import_module(f"everlong.cli.{name.replace('-', '_')}")
+    made = parse(module.Arguments, words, program="everlong")
+    if name == "train":
+        for layer in made.layers or [made.mixer]:
+            module.ModelConfig(vocab_size=300, layers=(module.parse_layer(layer),))
 
 
 def test_version(capsys):

@@ -176,7 +176,7 @@ BAD = {
     "wide.txt": ("text".encode("utf-16"), "byte 0xff at offset 0 .*iconv"),
     "field.jsonl": (lines([{"text": "a"}, {"texts": "b"}]), "line 2 of .* no text field `text`. Nearest: `texts`"),
     "null.jsonl": (lines([{"text": "a"}, {"text": None}]), "`text` in line 2 of .* must be a text: got null"),
-    "number.jsonl": (lines([{"text": 5}]), "`text` in line 1 of .* must be a text: got int"),
+    "number.jsonl": (lines([{"text": 5}]), "`text` in line 1 of .* must be a text: got a number"),
     "broken.jsonl": (lines([{"text": "a"}]) + "\n{'text'\n", "line 3 of .* is no JSON object"),
     "pretty.json": ('[\n {"text": "a"}\n]', "line 1 of .* is no JSON object: .* makes lines of an array"),
     "array.json": ('[{"text": "a"}]', "line 1 of .* must be a JSON object: got a list. .* makes lines of an array"),
@@ -207,7 +207,7 @@ def test_bad_input_is_named_in_one_line(tmp_path, name):
     ("column", "message"),
     [
         ({"texts": ["a"]}, "no text field `text`. Nearest: `texts`. It has: texts"),
-        ({"text": [1]}, "`text` in row 1 of .* must be a text: got int"),
+        ({"text": [1]}, "`text` in row 1 of .* must be a text: got a number"),
         ({"text": ["a"] * 2000 + [None]}, "`text` in row 2001 of .* must be a text: got null"),
     ],
 )

@@ -5,28 +5,45 @@ from itertools import pairwise
 
 import pytest
 
-from everlong.lab.chart import apart, line_chart, ticks
+from everlong.lab.chart import Panel, apart, chart, smoothed, ticks
 
 SVG = "{http://www.w3.org/2000/svg}"
 
 
 def test_points_stand_where_they_belong():
-    drawing = ET.fromstring(
-        line_chart(
-            "a < b",
-            {"loss": [(0, 4.0), (50, 2.0), (100, float("nan"))]},
-            x_label="s",
-            y_label="nats",
-            levels={"floor": 3.0},
-        )
-    )
-    points = drawing.find(f"{SVG}polyline").get("points").split()
-    assert len(points) == 2  # what is no number is left out
+    line = [(0, 4.0), (50, 2.0), (100, float("nan"))]
+    panels = [
+        Panel("nats", {"loss": line}, faint={"raw": [(0, 4.5), (50, 2.5)]}, levels={"floor": 3.0}),
+        Panel("bits", {"held-out": line}),
+    ]
+    drawing = ET.fromstring(chart("a < b", panels, x_label="s"))
+    raw, *lines = (drawn.get("points").split() for drawn in drawing.iter(f"{SVG}polyline"))
+    assert [len(points) for points in (raw, *lines)] == [2, 2, 2]  # what is no number is left out
+    assert raw[0].split(",")[0] == lines[0][0].split(",")[0]
+    points = lines[0]
+    assert float(lines[1][0].split(",")[0]) > float(points[1].split(",")[0])  # the second panel stands to the right
     (x0, y0), (x1, y1) = (map(float, point.split(",")) for point in points)
     assert x0 < x1
     assert y0 < y1  # a larger value stands higher
     texts = [text.text for text in drawing.iter(f"{SVG}text")]
-    assert {"a < b", "loss", "floor"} <= set(texts)
+    assert {"a < b", "nats", "loss", "raw", "floor", "bits", "held-out"} <= set(texts)
+
+
+def test_labels_stay_inside():
+    panel = Panel(
+        "a panel with levels close together", {"x": [(0, 1.0), (1, 1.0)]}, levels={"a": 1, "b": 1.001, "c": 9}
+    )
+    for text in ET.fromstring(chart("t", [panel], x_label="x")).iter(f"{SVG}text"):
+        assert 0 < float(text.get("y")) < 380
+        assert float(text.get("x")) + 6 * len(text.text) * (text.get("text-anchor") == "start") < 920
+
+
+def test_smoothing_is_a_mean_of_neighbours():
+    line = [(float(x), float(x % 2)) for x in range(100)]
+    assert [x for x, _ in smoothed(line, 0.1)] == [x for x, _ in line]
+    assert all(abs(y - 0.5) < 0.1 for _, y in smoothed(line, 0.1)[10:-10])
+    assert smoothed(line, 0.0) == line
+    assert smoothed([]) == []
 
 
 @pytest.mark.parametrize(("low", "high"), [(0, 1), (1.31, 1.7), (-3, 250), (5, 5), (0, 0), (1e-9, 3e-9)])
@@ -41,8 +58,10 @@ def test_ticks_enclose_and_are_few(low, high):
 def test_labels_do_not_touch():
     places = [y for y, _, _ in apart([(10.0, "a", ""), (11.0, "b", ""), (50.0, "c", "")])]
     assert all(b - a >= 15 for a, b in pairwise(places))
+    places = [y for y, _, _ in apart([(95.0, "a", ""), (99.0, "b", ""), (100.0, "c", "")], lowest=100.0)]
+    assert places == [68.0, 84.0, 100.0]
 
 
 def test_nothing_to_draw_is_an_error():
     with pytest.raises(ValueError, match="finite point"):
-        line_chart("t", {"a": []}, x_label="x", y_label="y")
+        chart("t", [Panel("y", {"a": []})], x_label="x")

@@ -100,7 +100,7 @@ def test_resume_with_the_words_that_began_it(call, prepared, trained):
     words = ("train", "--data", prepared, "--mixer", "attention", "--out", run, *TINY, "--resume")
     again, _ = call(*words)
     assert again["loss"] == result["loss"]
-    more, _ = call(*words, "--steps", "14")
+    more, _ = call("train", "--out", run, "--resume", "--steps", "14")
     assert more["steps"] == 14
     assert [row["step"] for row in log.read(run)] == list(range(1, 15))
     again, _ = call("train", "--out", run, "--resume")
