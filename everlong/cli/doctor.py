@@ -21,8 +21,8 @@ from everlong import __version__
 from everlong.cli import console
 from everlong.config import config
 from everlong.ops import dispatch
+from everlong.ops.dispatch import multiplies_bfloat16
 from everlong.train.memory import keep_freed_memory
-from everlong.train.precision import fast_bfloat16
 
 FLAGS = {
     "avx2": "avx2",
@@ -119,7 +119,7 @@ def bfloat16_gain() -> dict[str, Any]:
     single, half = (statistics.median(taken[1:]) for taken in times.values())  # the first of each prepares
     work = 2 * GEMM**3
     return {
-        "instructions": fast_bfloat16(),
+        "instructions": multiplies_bfloat16("cpu"),
         "ratio": single / half,
         "float32_gflops": work / single / 1e9,
         "bf16_gflops": work / half / 1e9,

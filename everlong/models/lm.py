@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from everlong import mixers
 from everlong.config import config, from_dict
 from everlong.mixers.base import Context, Cost, Mixer, unpadded
-from everlong.nn.layers import SwiGLU, exact, linear_cross_entropy
+from everlong.nn.layers import InputNorm, SwiGLU, exact, linear_cross_entropy
 
 LARGEST = {"vocab_size": 1 << 24, "width": 1 << 20, "num_layers": 1 << 12}  # beyond these a number is a slip
 
@@ -96,12 +96,14 @@ class Block(nn.Module):
     def __init__(self, config: ModelConfig, mixer: Mixer) -> None:
         super().__init__()
         self.kind, self.mixer = config.block, mixer
-        self.mixer_norm = nn.RMSNorm(config.width, eps=config.norm_eps)
+        # After a residual sum the norm makes the stream itself, which stays in float32.
+        norm = nn.RMSNorm if config.block == "post" else InputNorm
+        self.mixer_norm = norm(config.width, eps=config.norm_eps)
         self.feed_forward: SwiGLU | None = None
         if not mixer.traits.owns_feed_forward:
             self.feed_forward = SwiGLU(config.width, config.hidden, bias=config.bias)
             if config.block != "parallel":
-                self.feed_forward_norm = nn.RMSNorm(config.width, eps=config.norm_eps)
+                self.feed_forward_norm = norm(config.width, eps=config.norm_eps)
         # What writes to the residual stream starts smaller, the more layers write to it.
         for writer in (getattr(mixer, "o", None), getattr(self.feed_forward, "down", None)):
             if isinstance(writer, nn.Linear):
@@ -133,7 +135,7 @@ class LanguageModel(nn.Module):
             Block(config, mixer(options, layer=i, depth=config.num_layers))
             for i, (mixer, options) in enumerate(config.pattern())
         )
-        self.norm = nn.RMSNorm(config.width, eps=config.norm_eps)
+        self.norm = InputNorm(config.width, eps=config.norm_eps)
         self.head = nn.Linear(config.width, config.vocab_size, bias=False)
         if config.tie_embeddings:
             self.head.weight = self.embedding.weight

@@ -8,7 +8,15 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from everlong.nn.fused import rms_norm
 from everlong.ops import causal_conv1d
+
+
+class InputNorm(nn.RMSNorm):
+    """RMS normalisation of what only matrix products read: under autocast the result has their dtype."""
+
+    def forward(self, x: Float[Tensor, "B T D"]) -> Float[Tensor, "B T D"]:
+        return rms_norm(x, self.weight, self.eps or 0.0, _product_dtype(x))
 
 
 class HeadNorm(nn.Module):
@@ -20,8 +28,9 @@ class HeadNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(num_heads, size)) if affine else None
 
     def forward(self, x: Float[Tensor, "B T H V"]) -> Float[Tensor, "B T H V"]:
-        y = F.rms_norm(x, (self.size,), eps=self.eps)
-        return y if self.weight is None else y * self.weight.to(y.dtype)
+        if self.weight is None or len(self.weight) == 1:
+            return rms_norm(x, None if self.weight is None else self.weight[0], self.eps)
+        return rms_norm(x, None, self.eps) * self.weight.to(x.dtype)
 
 
 class SwiGLU(nn.Module):
@@ -68,6 +77,14 @@ def exact(x: Float[Tensor, "*B"]) -> Float[Tensor, "*B"]:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
+def _product_dtype(x: Tensor) -> torch.dtype:
+    """What products with `x` are computed in: autocast's dtype where it is on."""
+    device = x.device.type
+    if x.dtype == torch.float64 or not torch.is_autocast_enabled(device):
+        return x.dtype
+    return torch.get_autocast_dtype(device)
+
+
 def initial_steps(num_heads: int) -> Float[Tensor, " H"]:
     """Biases whose softplus is spread evenly in the logarithm from 0.001 to 0.1 (Gu and Dao 2023, section 3.6)."""
     steps = torch.empty(num_heads).uniform_(math.log(1e-3), math.log(1e-1)).exp()
@@ -109,7 +126,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias, targets):  # type: ignore[no-untyped-def]
         # Under autocast the products run in its type; the softmax and the sums stay in float32.
-        kind = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
+        kind = _product_dtype(x)
         with torch.autocast(x.device.type, enabled=False):
             rows, w = x.to(kind), weight.to(kind)
             exact = torch.promote_types(x.dtype, torch.float32)

@@ -16,6 +16,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from everlong.config import unknown
+from everlong.nn.fused import turn
 
 HOOKS = ("embedding", "rotation", "score bias", "value")
 
@@ -61,8 +62,7 @@ class Rope(PositionEncoding):
         index = torch.arange(0, self.size, 2, device=x.device, dtype=exact)
         angles = positions.to(exact)[..., None, None] * torch.exp(index * (-math.log(self.base) / self.size))
         cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
-        left, right = x.chunk(2, dim=-1)
-        return torch.cat([left * cos - right * sin, right * cos + left * sin], dim=-1)
+        return turn(x, cos, sin)
 
 
 class Alibi(PositionEncoding):

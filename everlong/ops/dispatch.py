@@ -116,6 +116,14 @@ def _target(operator: str, backend: str, device: str, dtype: torch.dtype, asked:
 _functions: dict[str, Callable[..., Any]] = {}
 
 
+@functools.cache
+def multiplies_bfloat16(device: str) -> bool:
+    """Whether the processor multiplies matrices in bfloat16 by instructions of its own."""
+    if device == "cuda":
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    return any(there for name, there in torch.cpu.get_capabilities().items() if name.endswith("bf16"))
+
+
 def check_form(form: str) -> None:
     """Raises ValueError for a form that does not exist."""
     if form not in FORMS:

@@ -1,5 +1,6 @@
 """Softmax attention out of torch's fused kernels, on blocks for which no mask of T by S is needed.
 
+    bfloat16 on a CPU that has it       products of blocks of our own (ops/product_attention.py)
     plain causal, or nothing masked     one call
     sliding window                      bands: blocks of queries, folded into the batch, with the keys they reach
     a window with a mask or a bias      tiles of our own (ops/online_softmax.py)
@@ -17,8 +18,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad, scaled_dot_product_attention
 
+from everlong.ops.dispatch import multiplies_bfloat16
 from everlong.ops.online_softmax import tiled_attention
-from everlong.ops.scoring import Result, Scoring, accumulator, blocks, joined, nothing, uncompiled
+from everlong.ops.product_attention import product_attention
+from everlong.ops.scoring import Band, Result, Scoring, accumulator, blocks, joined, nothing, uncompiled
 
 MASK_LIMIT = 1 << 22  # elements of the mask that one call gets
 
@@ -33,6 +36,8 @@ def fused_attention(q: Tensor, k: Tensor, v: Tensor, scoring: Scoring, *, with_l
     columns, band = slice(0, k.shape[1]), scoring.band
     bounded = band.left + band.right < q.shape[1]
     if scoring.mask is None and scoring.bias is None and k.shape[1]:
+        if not with_lse and _by_products(q, band, k.shape[1]):
+            return product_attention(q, k, v, scoring.scale, band.offset, band.left, band.right), None
         if band.covers(rows, columns):
             return _kernel(q, k, v, scoring, with_lse=with_lse)
         if band.offset == 0 == band.right and band.left >= q.shape[1] - 1:
@@ -135,6 +140,13 @@ def _mask(q: Tensor, k: Tensor, scoring: Scoring) -> Tensor | None:
     mask = mask.expand(*(1, 1, *mask.shape[:-2])[-2:], rows.stop, columns.stop)
     # The kernel takes the last axis as contiguous.
     return mask if mask.stride(-1) == 1 else mask.contiguous()
+
+
+def _by_products(q: Tensor, band: Band, num_keys: int) -> bool:
+    """Whether products of blocks are faster: in bfloat16, for enough queries, each of which sees a key."""
+    if q.device.type != "cpu" or q.dtype != torch.bfloat16 or q.shape[1] < 64:
+        return False
+    return band.offset >= 0 and band.offset + q.shape[1] <= num_keys and multiplies_bfloat16("cpu")
 
 
 def _kernel_gives_lse(*inputs: Tensor) -> bool:

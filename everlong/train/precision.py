@@ -14,6 +14,8 @@ from typing import Any, Literal
 
 import torch
 
+from everlong.ops.dispatch import multiplies_bfloat16
+
 Precision = Literal["bf16", "float32"]
 Asked = Literal["auto", "bf16", "float32"]
 
@@ -22,14 +24,7 @@ def resolve(asked: Asked, device: str = "cpu") -> Precision:
     """What "auto" stands for on this machine: bf16 where products in it are faster than in float32."""
     if asked != "auto":
         return asked
-    return "bf16" if fast_bfloat16(device) else "float32"
-
-
-def fast_bfloat16(device: str = "cpu") -> bool:
-    """Whether the processor multiplies matrices in bfloat16 by instructions of its own."""
-    if device == "cuda":
-        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
-    return any(there for name, there in torch.cpu.get_capabilities().items() if name.endswith("bf16"))
+    return "bf16" if multiplies_bfloat16(device) else "float32"
 
 
 def autocast(precision: Precision, device: str = "cpu") -> AbstractContextManager[None]:
