@@ -140,17 +140,16 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 logits = F.linear(piece, w).to(exact)
                 if bias is not None:
                     logits += bias
-                real, label = wanted >= 0, wanted.clamp_min(0)[:, None]
-                lse = logits.logsumexp(1, keepdim=True)
-                total += ((lse - logits.gather(1, label))[:, 0] * real).sum()
-                slope = logits.sub_(lse).exp_()
-                slope.scatter_add_(1, label, torch.full_like(lse, -1.0))
-                slope.mul_(real[:, None])
+                real, label = (wanted >= 0)[:, None], wanted.clamp_min(0)[:, None]
+                slope = logits.log_softmax(1)
+                total -= (slope.gather(1, label) * real).sum()
+                slope.exp_().scatter_add_(1, label, torch.full_like(label, -1.0, dtype=exact))
+                # An ignored row is taken out of the products' narrow side.
                 if grad_bias is not None:
-                    grad_bias += slope.sum(0)
+                    grad_bias += real[:, 0].to(exact) @ slope
                 slope = slope.to(kind)
-                grad_x[start : start + step] = slope @ w
-                grad_weight += slope.T @ piece
+                grad_x[start : start + step] = (slope @ w).mul_(real)
+                grad_weight += slope.T @ (piece * real)
         ctx.save_for_backward(grad_x.to(x.dtype), grad_weight.to(weight.dtype), grad_bias)
         return total
 
