@@ -27,6 +27,7 @@ from typing import BinaryIO, Literal
 import numpy as np
 
 from everlong.config import config, from_dict, to_dict
+from everlong.data.disk import digest, sync
 from everlong.data.sources import Skipped, documents
 from everlong.data.spool import Parts, Piece, Spool, Tell, split
 from everlong.data.tokenizer import Tokenizer, check_vocab_size, train_tokenizer
@@ -227,7 +228,7 @@ def verify(folder: str | Path) -> DatasetInfo:
     info = read_info(folder)
     check_whole(folder, info)
     for name, known in info.files.items():
-        if _file_digest(Path(folder) / name) != known.sha256:
+        if digest(Path(folder) / name) != known.sha256:
             raise ValueError(f"`{Path(folder) / name}` was changed after it was written. Prepare the data again")
     return info
 
@@ -386,26 +387,13 @@ def _publish(stage: Path, folder: Path, info: DatasetInfo) -> None:
     text = json.dumps(to_dict(info), indent=2, ensure_ascii=False) + "\n"
     (stage / FILE).write_bytes(text.encode("utf-8", "backslashreplace"))
     for path in (*stage.iterdir(), stage):
-        _sync(path)
+        sync(path)
     os.rename(stage, os.path.realpath(folder))
-    _sync(stage.parent)
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    sync(stage.parent)
 
 
 def _describe(file: Path) -> FileInfo:
-    return FileInfo(bytes=file.stat().st_size, sha256=_file_digest(file))
-
-
-def _file_digest(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+    return FileInfo(bytes=file.stat().st_size, sha256=digest(file))
 
 
 class _Clock:
