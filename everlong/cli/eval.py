@@ -9,7 +9,6 @@ from typing import Literal
 from tyro.conf import Positional
 
 from everlong.cli import console
-from everlong.cli.train import SETTINGS, read_settings
 from everlong.config import config
 from everlong.data.loader import Dataset, TokenSplit
 from everlong.data.packing import FILE as DATASET
@@ -19,6 +18,7 @@ from everlong.data.tokenizer import Tokenizer
 from everlong.models import run as runs
 from everlong.models.baselines import ByteNGram, xz_bits_per_byte
 from everlong.train.evaluate import Evaluation, evaluate, merge, sample
+from everlong.train.folder import SETTINGS, read_settings
 from everlong.train.precision import Asked, resolve
 
 LENGTH = 512  # of windows where the run does not say with what it was trained

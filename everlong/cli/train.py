@@ -1,7 +1,6 @@
 """Trains a language model on text and leaves a run folder."""
 
 import json
-import shutil
 import signal
 import sys
 from contextlib import ExitStack
@@ -14,21 +13,23 @@ import torch
 from everlong.cli import console
 from everlong.cli.parsing import Names
 from everlong.config import config, from_dict, to_dict
+from everlong.data import disk
 from everlong.data.loader import Dataset
 from everlong.data.packing import FILE as DATASET
 from everlong.data.packing import Progress as Preparing
 from everlong.data.packing import prepare
+from everlong.data.tokenizer import Tokenizer
 from everlong.models import run as runs
 from everlong.models.lm import LanguageModel, Layer, ModelConfig
-from everlong.train import checkpoint
-from everlong.train.checkpoint import Checkpoint
-from everlong.train.log import LOG
-from everlong.train.loop import Progress, Result, holds_run, train
+from everlong.train import checkpoint, signals
+from everlong.train import folder as places
+from everlong.train.checkpoint import Checkpoint, Found
+from everlong.train.loop import Progress, Result, train
 from everlong.train.settings import TrainConfig
 
-SETTINGS = Path("training") / "settings.json"
 # What may be given anew with --resume: none of it changes what an update computes.
 FREE = frozenset({"steps", "evaluate_every", "evaluate_tokens", "final_tokens", "checkpoint_every", "keep", "on_nan"})
+NEW_DATA = ".data.new"  # where a source is prepared while the run that is overwritten still has its own
 
 
 @config
@@ -37,6 +38,7 @@ class Arguments(TrainConfig):
 
     Example: everlong train --data python-stdlib --mixer gated_deltanet --minutes 4 --out runs/stdlib
     A hybrid: everlong train --data novel.txt --layers mamba2,mamba2,attention:window=128 --out runs/novel
+    From the weights of another run: everlong train --init runs/novel --data more.txt --out runs/more
     """
 
     out: str
@@ -55,10 +57,12 @@ class Arguments(TrainConfig):
     """Of the tokenizer that is trained where --data is not prepared yet."""
     text_field: str = "text"
     """The field of JSONL and Parquet that holds the text."""
+    init: str | None = None
+    """A run or imported model to begin with: its weights, shape and tokenizer. Instead of --mixer."""
     resume: bool = False
     """Go on with the run in --out from its newest checkpoint; nothing else needs to be given."""
     overwrite: bool = False
-    """Remove the run that --out holds first."""
+    """Let the new run take the place of the one that --out holds."""
 
 
 def run(arguments: Arguments) -> dict[str, object]:
@@ -66,87 +70,177 @@ def run(arguments: Arguments) -> dict[str, object]:
     folder = Path(arguments.out)
     if arguments.resume and arguments.overwrite:
         raise ValueError("--resume goes on with a run and --overwrite removes it: give one of them")
-    if arguments.resume:
-        model, dataset, settings, start = _resume(arguments, folder)
-    else:
-        model, dataset, settings = _begin(arguments, folder)
-        start = None
-    with _Display() as display:
-        result = train(model, dataset, settings, folder, start=start, report=display)
+    try:
+        with signals.at_once():
+            if arguments.resume:
+                model, dataset, settings, start = _resume(arguments, folder)
+            else:
+                model, dataset, settings = _begin(arguments, folder)
+                start = None
+            with _Display() as display:
+                result = train(model, dataset, settings, folder, start=start, report=display)
+    except signals.Stopped as stop:
+        raise _stopped(folder, stop.number, "at once") from None
     if result.stopped_by is not None:
-        name = signal.Signals(result.stopped_by).name
-        print(
-            f"stopped by {name} after step {result.step}; go on with: everlong train --out {folder} --resume",
-            file=sys.stderr,
-        )
-        raise SystemExit(128 + result.stopped_by)
+        raise _stopped(folder, result.stopped_by, f"after step {result.step}")
     return _tell(folder, model, result)
+
+
+def _stopped(folder: Path, number: int, when: str) -> SystemExit:
+    """Says in a line how to go on; how the process ends."""
+    way = f"go on with: everlong train --out {folder} --resume"
+    if not (folder / places.SETTINGS).is_file():
+        way = "it had not begun to train: start it again"
+    print(f"everlong train: stopped by {signal.Signals(number).name} {when}; {way}", file=sys.stderr)
+    return SystemExit(128 + number)
 
 
 def _begin(arguments: Arguments, folder: Path) -> tuple[LanguageModel, Dataset, TrainConfig]:
     """A new run: the data prepared where it is not, the model with its first weights."""
     if arguments.data is None:
         raise ValueError("needs `--data`: a prepared folder, a text file, a folder of texts, or python-stdlib")
+    settings = TrainConfig(**{name: getattr(arguments, name) for name in to_dict(TrainConfig())})
+    places.check_free(folder, overwrite=arguments.overwrite)
+    origin = None if arguments.init is None else _origin(arguments, folder)
+    # What cannot work is told before the work.
+    shape = origin.config if origin else _shape(arguments, arguments.vocab_size)
+    tokenizer = None if arguments.init is None else _own_tokenizer(arguments.init, shape)
+    dataset, made = _dataset(arguments, folder, tokenizer)
+    if tokenizer is not None and dataset.info.tokenizer != tokenizer.fingerprint:
+        raise ValueError(
+            f"{dataset.folder} was prepared with another tokenizer than that of {arguments.init}: prepare it by "
+            f"everlong prepare SOURCE --tokenizer {arguments.init} --out DIR, or give the source itself as --data"
+        )
+    if origin is None:
+        shape = _shape(arguments, dataset.tokenizer.vocab_size)
+    torch.manual_seed(arguments.seed)
+    model = origin or LanguageModel(shape)
+    init = {"run": str(Path(str(arguments.init)).resolve()), "weights": checkpoint.fingerprint(model)}
+    with places.alone(folder):
+        dataset = _take_place(arguments, folder, dataset)
+        places.record(folder, dataset, shape, settings, prepared_here=made, init=init if origin else None)
+    return model, dataset, settings
+
+
+def _shape(arguments: Arguments, vocab_size: int) -> ModelConfig:
+    """The shape of a new model."""
     if (arguments.mixer is None) == (not arguments.layers):
         raise ValueError("needs `--mixer NAME` or `--layers a,b,...`, one of them; `everlong mixers` lists the mixers")
-    if (holds_run(folder) or (folder / LOG).exists()) and not arguments.overwrite:
-        raise ValueError(f"{folder} holds a run already: go on with it by --resume, or remove it by --overwrite")
-    layers = tuple(parse_layer(layer) for layer in (arguments.layers or (str(arguments.mixer),)))
-    shape = {"width": arguments.width, "num_layers": arguments.num_layers, "layers": layers}
-    from_dict(ModelConfig, {"vocab_size": arguments.vocab_size, **shape})  # what cannot work is told before the work
-    if arguments.overwrite:
-        _clear(folder)
-    dataset = _dataset(arguments, folder)
-    torch.manual_seed(arguments.seed)
-    model = LanguageModel(from_dict(ModelConfig, {"vocab_size": dataset.tokenizer.vocab_size, **shape}))
-    settings = TrainConfig(**{name: getattr(arguments, name) for name in to_dict(TrainConfig())})
-    _record(folder, dataset, model.config, settings)
-    return model, dataset, settings
+    shape = {"width": arguments.width, "num_layers": arguments.num_layers, "layers": _layers(arguments)}
+    return from_dict(ModelConfig, {"vocab_size": vocab_size, **shape})
+
+
+def _layers(arguments: Arguments) -> tuple[Layer, ...]:
+    """The mixers that were asked for, none where the run has them already."""
+    return tuple(parse_layer(layer) for layer in arguments.layers or ((arguments.mixer,) if arguments.mixer else ()))
+
+
+def _check_shape(arguments: Arguments, shape: ModelConfig, whose: str) -> None:
+    """Raises ValueError where the options ask for another model than the one there is."""
+    asked = _layers(arguments)
+    if asked and asked != shape.layers:
+        raise ValueError(f"{whose} is a run of other layers, and goes on with those: leave --mixer or --layers out")
+    _changes(arguments, {"width": shape.width, "num_layers": shape.num_layers}, frozenset())
+
+
+def _origin(arguments: Arguments, folder: Path) -> LanguageModel:
+    """The model whose weights a run begins with."""
+    init = Path(str(arguments.init))
+    if init.resolve() == folder.resolve():
+        raise ValueError(f"--init and --out are both {folder}: a run is left as it is, so choose another --out")
+    model = runs.load(init)
+    _check_shape(arguments, model.config, str(init))
+    return model
+
+
+def _own_tokenizer(init: str, shape: ModelConfig) -> Tokenizer:
+    """The tokenizer that a model was trained with."""
+    try:
+        tokenizer = runs.load_tokenizer(init)
+    except ValueError as error:
+        raise ValueError(f"--init needs a run with its tokenizer, by which --data is read: {error}") from None
+    if tokenizer.vocab_size > shape.vocab_size:
+        raise ValueError(
+            f"the tokenizer of {init} has {tokenizer.vocab_size} tokens and its model knows {shape.vocab_size}: "
+            "put the tokenizer of this model there"
+        )
+    return tokenizer
 
 
 def _resume(arguments: Arguments, folder: Path) -> tuple[LanguageModel, Dataset, TrainConfig, Checkpoint | None]:
     """A run as it was when its newest whole checkpoint was written; from its beginning where there is none."""
-    recorded = read_settings(folder)
-    shape, before = from_dict(ModelConfig, recorded["model"]), from_dict(TrainConfig, recorded["train"])
-    asked = arguments.layers or ((arguments.mixer,) if arguments.mixer else ())
-    if asked and tuple(parse_layer(layer) for layer in asked) != shape.layers:
-        raise ValueError(f"{folder} is a run of other layers, and goes on with those: leave --mixer or --layers out")
-    _changes(arguments, {"width": shape.width, "num_layers": shape.num_layers}, frozenset())
-    settings = from_dict(TrainConfig, {**to_dict(before), **_changes(arguments, to_dict(before), FREE)})
-    given = arguments.data is not None and (Path(arguments.data) / DATASET).is_file()
-    dataset = Dataset.open(str(arguments.data) if given else recorded["data"])
-    _record(folder, dataset, shape, settings)
-    found = checkpoint.latest(folder / "training")
-    for damage in found.damaged:
-        print(damage, file=sys.stderr)
-    if found.checkpoint is None and found.damaged:
-        raise ValueError(f"{folder} has no whole checkpoint to go on from: start again with --overwrite")
-    if found.checkpoint is None:
-        print(f"{folder} has no checkpoint yet: it begins again", file=sys.stderr)
-        torch.manual_seed(settings.seed)
-    else:
+    if not (folder / places.TRAINING).is_dir():
+        raise ValueError(f"{folder} holds no training to go on with: there is no {places.SETTINGS}")
+    with places.alone(folder):
+        found = checkpoint.latest(folder / places.TRAINING)
+        for damage in found.damaged:
+            print(damage, file=sys.stderr)
+        recorded = _recorded(arguments, folder, found)
+        shape, before = from_dict(ModelConfig, recorded["model"]), from_dict(TrainConfig, recorded["train"])
+        _check_shape(arguments, shape, str(folder))
+        init = recorded.get("init")
+        if arguments.init is not None and str(Path(arguments.init).resolve()) != (init or {}).get("run"):
+            began = f"from {init['run']}" if init else "with random weights"
+            raise ValueError(f"{folder} began {began}, not from {arguments.init}: leave --init out")
+        settings = from_dict(TrainConfig, {**to_dict(before), **_changes(arguments, to_dict(before), FREE)})
+        dataset = _same_data(arguments, folder, recorded)
+        model = _at_first(folder, shape, settings, init, found)
+        made = bool(recorded.get("prepared_here", False))
+        places.record(folder, dataset, shape, settings, prepared_here=made, init=init)
+    return model, dataset, settings, found.checkpoint
+
+
+def _recorded(arguments: Arguments, folder: Path, found: Found) -> dict[str, Any]:
+    """How the run was set up; a checkpoint knows all of it but where the data is."""
+    try:
+        return places.read_settings(folder)
+    except ValueError as error:
+        if found.checkpoint is None:
+            raise
+        if arguments.data is None:
+            raise ValueError(f"{error}; its checkpoints can be gone on from if --data says where the data is") from None
+        print(f"{error}; taking the settings of {found.checkpoint.path}", file=sys.stderr)
+        state = found.checkpoint.state
+        return {"data": arguments.data, "model": state["model"], "train": state["config"]}
+
+
+def _same_data(arguments: Arguments, folder: Path, recorded: dict[str, Any]) -> Dataset:
+    """The data that the run was begun on, also where it or the run was moved."""
+    given = [] if arguments.data is None else [Path(arguments.data)]
+    candidates = [*given, Path(recorded["data"]), folder / places.DATA]
+    place = next((candidate for candidate in candidates if (candidate / DATASET).is_file()), None)
+    if place is None:
+        raise ValueError(f"the run's data is not at {recorded['data']} any more: say by --data where it is now")
+    dataset = Dataset.open(place)
+    if recorded.get("data_fingerprint", dataset.info.fingerprint) != dataset.info.fingerprint:
+        raise ValueError(f"{place} is not the data that {folder} is trained on: say by --data where that is")
+    return dataset
+
+
+def _at_first(
+    folder: Path, shape: ModelConfig, settings: TrainConfig, init: dict[str, str] | None, found: Found
+) -> LanguageModel:
+    """The model as the run began with it, or to be filled from a checkpoint."""
+    if found.checkpoint is not None:
         print(f"going on from {found.checkpoint.path}", file=sys.stderr)
-    return LanguageModel(shape), dataset, settings, found.checkpoint
-
-
-def _record(folder: Path, dataset: Dataset, shape: ModelConfig, settings: TrainConfig) -> None:
-    """Writes down how the training is set up, so that --resume needs nothing else."""
-    (folder / SETTINGS).parent.mkdir(parents=True, exist_ok=True)
-    described = {"data": str(dataset.folder.resolve()), "model": to_dict(shape), "train": to_dict(settings)}
-    runs.write_json(folder / SETTINGS, described)
-
-
-def read_settings(folder: Path) -> dict[str, Any]:
-    """How the training of a run was set up: "data", "model" and "train".
-
-    Raises:
-        ValueError: no training was begun there.
-    """
-    place = folder / SETTINGS
-    if not place.is_file():
-        raise ValueError(f"{folder} holds no training to go on with: there is no {SETTINGS}")
-    settings: dict[str, Any] = json.loads(place.read_text(encoding="utf-8"))
-    return settings
+        return LanguageModel(shape)
+    if found.damaged:
+        raise ValueError(f"{folder} has no whole checkpoint to go on from: start again with --overwrite")
+    if places.holds_model(folder):
+        raise ValueError(
+            f"{folder} has its model but no checkpoint to go on from: begin a new run with its weights by "
+            f"--init {folder} --out ANOTHER"
+        )
+    print(f"{folder} has no checkpoint yet: it begins again", file=sys.stderr)
+    torch.manual_seed(settings.seed)
+    if init is None:
+        return LanguageModel(shape)
+    if not (Path(init["run"]) / runs.CONFIG).is_file():
+        raise ValueError(f"{folder} has no checkpoint yet, and {init['run']}, with whose weights it began, is gone")
+    model = runs.load(init["run"])
+    if checkpoint.fingerprint(model) != init["weights"]:
+        raise ValueError(f"{init['run']} has other weights than when {folder} began with them: start a new run")
+    return model
 
 
 def parse_layer(text: str) -> Layer:
@@ -188,39 +282,43 @@ def _changes(arguments: Arguments, recorded: dict[str, Any], free: frozenset[str
     return anew
 
 
-def _data_folder(arguments: Arguments, folder: Path) -> Path:
-    """Where the prepared data is, or will be."""
-    source = Path(str(arguments.data))
-    return source if (source / DATASET).is_file() else folder / "data"
+def _dataset(arguments: Arguments, folder: Path, tokenizer: Tokenizer | None) -> tuple[Dataset, bool]:
+    """The prepared data, and whether it is the run's own: a source that is not prepared is, into the run's folder.
+
+    What a run prepared that is to be overwritten stays until the new data is whole.
+    """
+    source, place, earlier = Path(str(arguments.data)), folder / places.DATA, places.prepared_here(folder)
+    if (source / DATASET).is_file():
+        return Dataset.open(source), earlier and place.is_dir() and source.samefile(place)
+    if arguments.overwrite and earlier:
+        place = folder / NEW_DATA
+        if place.exists():  # left by a process that was killed
+            disk.remove(place)
+    with console.progress(f"preparing {arguments.data}") as report:
+
+        def tell(progress: Preparing) -> None:
+            report(progress.done, progress.stage, total=progress.total)
+
+        done = prepare(
+            str(arguments.data),
+            place,
+            vocab_size=arguments.vocab_size,
+            tokenizer=tokenizer,
+            text_field=arguments.text_field,
+            seed=arguments.seed,
+            report=tell,
+        )
+    return Dataset.open(place), earlier or not done.reused
 
 
-def _dataset(arguments: Arguments, folder: Path) -> Dataset:
-    """The prepared data; a source that is not prepared is, into the run's folder."""
-    place = _data_folder(arguments, folder)
-    if place == folder / "data":
-        with console.progress(f"preparing {arguments.data}") as report:
-
-            def tell(progress: Preparing) -> None:
-                report(progress.done, progress.stage, total=progress.total)
-
-            prepare(
-                str(arguments.data),
-                place,
-                vocab_size=arguments.vocab_size,
-                text_field=arguments.text_field,
-                seed=arguments.seed,
-                report=tell,
-            )
-    return Dataset.open(place)
-
-
-def _clear(folder: Path) -> None:
-    """Removes what makes a folder a run, and nothing else."""
-    for name in (runs.CONFIG, runs.WEIGHTS, LOG, "generation_config.json", "tokenizer.json", "tokenizer_config.json"):
-        (folder / name).unlink(missing_ok=True)
-    shutil.rmtree(folder / "training", ignore_errors=True)
-    if (folder / "data" / DATASET).is_file():
-        shutil.rmtree(folder / "data")
+def _take_place(arguments: Arguments, folder: Path, dataset: Dataset) -> Dataset:
+    """Removes the run that is to be overwritten, now that nothing can be wrong with the new one; the new one's data."""
+    places.check_free(folder, overwrite=arguments.overwrite)
+    if arguments.overwrite:
+        places.clear(folder, keep=dataset.folder)
+    if dataset.folder != folder / NEW_DATA:
+        return dataset
+    return Dataset.open(dataset.folder.rename(folder / places.DATA))
 
 
 class _Display:
@@ -268,6 +366,8 @@ def _tell(folder: Path, model: LanguageModel, result: Result) -> dict[str, objec
         shown["perplexity"] = f"{held_out.perplexity:.2f}"
         shown["bits per byte"] = f"{held_out.bits_per_byte:.4f}"
     shown["steps"] = f"{result.step:,} in {console.duration(result.seconds)}"
+    if result.skipped:
+        shown["skipped"] = f"{result.skipped:,} updates whose loss or gradient was no finite number"
     shown["speed"] = f"{console.count(result.tokens_per_second)} tokens/s"
     shown["peak memory"] = console.size(result.peak_memory_bytes)
     shown["parameters"] = console.count(parameters)
@@ -280,6 +380,7 @@ def _tell(folder: Path, model: LanguageModel, result: Result) -> dict[str, objec
         "perplexity": held_out and held_out.perplexity,
         "bits_per_byte": held_out and held_out.bits_per_byte,
         "steps": result.step,
+        "skipped": result.skipped,
         "seconds": result.seconds,
         "tokens_per_second": result.tokens_per_second,
         "peak_memory_bytes": result.peak_memory_bytes,

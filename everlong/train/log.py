@@ -1,5 +1,6 @@
 """The record of a run: `log.jsonl` with one line a step, and the same as scalars for TensorBoard."""
 
+import contextlib
 import json
 import os
 from collections.abc import Mapping
@@ -17,15 +18,23 @@ class Log:
         from torch.utils.tensorboard import SummaryWriter
 
         run.mkdir(parents=True, exist_ok=True)
-        self._file = (run / LOG).open("ab")
-        self._file.truncate(min(length, self._file.tell()))
+        # Without a buffer: what a full disk did not take is not tried once more when the file is closed.
+        self._file = (run / LOG).open("ab", buffering=0)
+        there = self._file.tell()
+        self.missing = max(0, length - there)  # bytes of the first `length` that somebody else has removed
+        self._file.truncate(_last_line(run / LOG) if self.missing else length)
         self._file.seek(0, os.SEEK_END)
         self._board: Any = SummaryWriter(run / "training" / "tensorboard", purge_step=step + 1)
 
     def write(self, row: Mapping[str, Any]) -> None:
-        """One line. Every number but the step is a scalar as well."""
-        self._file.write((json.dumps(row) + "\n").encode())
-        self._file.flush()
+        """One line. Every number but the step is a scalar as well.
+
+        Raises:
+            OSError: the disk did not take it.
+        """
+        line = (json.dumps(row) + "\n").encode()
+        while line:
+            line = line[self._file.write(line) :]
         for key, value in row.items():
             if isinstance(value, int | float) and key != "step":
                 self._board.add_scalar(key, value, row["step"])
@@ -39,7 +48,15 @@ class Log:
     def close(self) -> None:
         """Closes the files."""
         self._file.close()
-        self._board.close()
+        # Nothing waits to be written after a `sync`, which a training ends with; what waits after an error can fail
+        # for the same reason, and must not be told in its place.
+        with contextlib.suppress(OSError):
+            self._board.close()
+
+
+def _last_line(file: Path) -> int:
+    """Where the last whole line of a file ends."""
+    return file.read_bytes().rfind(b"\n") + 1
 
 
 def read(run: str | Path) -> list[dict[str, Any]]:
