@@ -25,13 +25,25 @@ def replacing(path: Path) -> Iterator[Path]:
     """
     aside = path.with_name(f"{path.name}.tmp")
     try:
-        yield aside
-        sync(aside)
-        aside.replace(path)
+        with naming(path):
+            yield aside
+            sync(aside)
+            aside.replace(path)
     except BaseException:
         aside.unlink(missing_ok=True)
         raise
     sync(path.parent)
+
+
+@contextlib.contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Errors of the file system that name no file name this one: those of a full disk, above all."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None and error.errno is not None:
+            error.filename = str(path)
+        raise
 
 
 def write(path: Path, content: bytes) -> None:

@@ -27,7 +27,7 @@ from typing import BinaryIO, Literal
 import numpy as np
 
 from everlong.config import config, from_dict, to_dict
-from everlong.data.disk import digest, sync
+from everlong.data.disk import digest, naming, sync
 from everlong.data.sources import Skipped, documents
 from everlong.data.spool import Parts, Piece, Spool, Tell, split
 from everlong.data.tokenizer import Tokenizer, check_vocab_size, train_tokenizer
@@ -155,7 +155,7 @@ def prepare(
     )
     before = _what_is_there(folder)
     skipped: list[Skipped] = []
-    with _stage(folder) as stage:
+    with naming(folder), _stage(folder) as stage:
         spool = Spool(stage)
         with clock.stage("reading") as tell:
             spool.fill(documents(sources, text_field=text_field, skip=skipped.append), tell)

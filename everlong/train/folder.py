@@ -15,12 +15,11 @@ from everlong.data.loader import Dataset
 from everlong.models import run
 from everlong.models.lm import ModelConfig
 from everlong.train import checkpoint
-from everlong.train.log import LOG
+from everlong.train.log import BOARD, LOG
 from everlong.train.settings import TrainConfig
 
 TRAINING = "training"
 SETTINGS = Path(TRAINING) / "settings.json"
-BOARD = Path(TRAINING) / "tensorboard"
 DATA = "data"  # where a source is prepared that was not
 MODEL = (run.WEIGHTS, run.CONFIG, "generation_config.json", tokenizer.FILE, tokenizer.SETTINGS)
 
