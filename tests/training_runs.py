@@ -10,6 +10,19 @@ from safetensors.torch import load_file
 
 from everlong.train import checkpoint, log
 
+OPTIONS = {
+    "steps": 10,
+    "width": 32,
+    "num-layers": 2,
+    "vocab-size": 384,
+    "batch-tokens": 256,
+    "length": 32,
+    "compile": "off",
+    "precision": "float32",
+    "checkpoint-every": 4,
+    "warmup": 4,
+}
+TINY = [word for name, value in OPTIONS.items() for word in (f"--{name}", str(value))]
 CLOCK = {"seconds", "tokens_per_second", "memory_bytes"}
 
 
@@ -40,6 +53,21 @@ def check_same(one, other):
         for found in (first, second)
     ]
     assert states[0] == states[1]
+
+
+def content(folder):
+    """Every file and what is in it."""
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def refused(call, *words):
+    """The one line with which a command ends that cannot work."""
+    code, told = call(*words)
+    assert code == 2
+    line = told.splitlines()[-1]
+    assert line.startswith(f"everlong {words[0]}: ")
+    assert "Traceback" not in told
+    return line
 
 
 def spawn(prepared, run, *options, **how):
