@@ -81,3 +81,17 @@ def spawn(prepared, run, *options, **how):
         text=True,
         **how,
     )
+
+
+def everlong(*words, **how):
+    """Starts the command line in a process and a group of its own, as a terminal would."""
+    place = {"PYTHONPATH": str(Path(__file__).parents[1]), "OMP_NUM_THREADS": "1", "GOMP_SPINCOUNT": "1000"}
+    return subprocess.Popen(
+        [sys.executable, "-m", "everlong", *map(str, words)],
+        env=os.environ | place,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        **how,
+    )
