@@ -17,9 +17,11 @@ import hashlib
 import json
 import os
 import shutil
+import threading
 import time
 from array import array
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, Literal
@@ -236,7 +238,21 @@ def verify(folder: str | Path) -> DatasetInfo:
 def _train(spool: Spool, train: Parts, vocab_size: int, tell: Tell) -> Tokenizer:
     if not len(train.spans):
         raise ValueError("nothing is left to train a tokenizer on: hold out less than all, or give a tokenizer")
-    return train_tokenizer(spool.sample(train, TRAINING_BYTES, tell), vocab_size)
+    return _interruptible(lambda: train_tokenizer(spool.sample(train, TRAINING_BYTES, tell), vocab_size))
+
+
+def _interruptible(work: Callable[[], Tokenizer]) -> Tokenizer:
+    """What `work` returns or raises. It runs in a thread: a library that takes half a minute looks for no signals."""
+    done: Future[Tokenizer] = Future()
+
+    def run() -> None:
+        try:
+            done.set_result(work())
+        except BaseException as error:  # told where the result is asked for
+            done.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    return done.result()
 
 
 class _Packer:
