@@ -8,8 +8,6 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from everlong.cli import console
 from everlong.cli.parsing import Names
 from everlong.config import config, from_dict, to_dict
@@ -19,11 +17,10 @@ from everlong.data.packing import FILE as DATASET
 from everlong.data.packing import Progress as Preparing
 from everlong.data.packing import prepare
 from everlong.data.tokenizer import Tokenizer
-from everlong.models import run as runs
 from everlong.models.lm import LanguageModel, Layer, ModelConfig
-from everlong.train import checkpoint, signals
+from everlong.train import beginning, checkpoint, signals
 from everlong.train import folder as places
-from everlong.train.checkpoint import Checkpoint, Found
+from everlong.train.checkpoint import Checkpoint
 from everlong.train.loop import Progress, Result, train
 from everlong.train.settings import TrainConfig
 
@@ -91,7 +88,7 @@ def _stopped(folder: Path, number: int, when: str) -> SystemExit:
     way = f"go on with: everlong train --out {folder} --resume"
     if not (folder / places.SETTINGS).is_file():
         way = "it had not begun to train: start it again"
-    print(f"everlong train: stopped by {signal.Signals(number).name} {when}; {way}", file=sys.stderr)
+    _note(f"everlong train: stopped by {signal.Signals(number).name} {when}; {way}")
     return SystemExit(128 + number)
 
 
@@ -101,24 +98,26 @@ def _begin(arguments: Arguments, folder: Path) -> tuple[LanguageModel, Dataset, 
         raise ValueError("needs `--data`: a prepared folder, a text file, a folder of texts, or python-stdlib")
     settings = TrainConfig(**{name: getattr(arguments, name) for name in to_dict(TrainConfig())})
     places.check_free(folder, overwrite=arguments.overwrite)
-    origin = None if arguments.init is None else _origin(arguments, folder)
-    # What cannot work is told before the work.
-    shape = origin.config if origin else _shape(arguments, arguments.vocab_size)
-    tokenizer = None if arguments.init is None else _own_tokenizer(arguments.init, shape)
+    model, tokenizer = None, None
+    init = None if arguments.init is None else Path(arguments.init)
+    if init is None:
+        _shape(arguments, arguments.vocab_size)  # what cannot work is told before the work
+    else:
+        model = beginning.origin_of(init, folder)
+        _check_shape(arguments, model.config, str(init))
+        tokenizer = beginning.tokenizer_of(init, model.config)
     dataset, made = _dataset(arguments, folder, tokenizer)
     if tokenizer is not None and dataset.info.tokenizer != tokenizer.fingerprint:
         raise ValueError(
-            f"{dataset.folder} was prepared with another tokenizer than that of {arguments.init}: prepare it by "
-            f"everlong prepare SOURCE --tokenizer {arguments.init} --out DIR, or give the source itself as --data"
+            f"{dataset.folder} was prepared with another tokenizer than that of {init}: prepare it by "
+            f"everlong prepare SOURCE --tokenizer {init} --out DIR, or give the source itself as --data"
         )
-    if origin is None:
-        shape = _shape(arguments, dataset.tokenizer.vocab_size)
-    torch.manual_seed(arguments.seed)
-    model = origin or LanguageModel(shape)
-    init = {"run": str(Path(str(arguments.init)).resolve()), "weights": checkpoint.fingerprint(model)}
+    if model is None:
+        model = beginning.first_model(_shape(arguments, dataset.tokenizer.vocab_size), arguments.seed)
+    began = beginning.describe(init, model) if init else None
     with places.alone(folder):
         dataset = _take_place(arguments, folder, dataset)
-        places.record(folder, dataset, shape, settings, prepared_here=made, init=init if origin else None)
+        places.record(folder, dataset, model.config, settings, prepared_here=made, init=began)
     return model, dataset, settings
 
 
@@ -143,30 +142,6 @@ def _check_shape(arguments: Arguments, shape: ModelConfig, whose: str) -> None:
     _changes(arguments, {"width": shape.width, "num_layers": shape.num_layers}, frozenset())
 
 
-def _origin(arguments: Arguments, folder: Path) -> LanguageModel:
-    """The model whose weights a run begins with."""
-    init = Path(str(arguments.init))
-    if init.resolve() == folder.resolve():
-        raise ValueError(f"--init and --out are both {folder}: a run is left as it is, so choose another --out")
-    model = runs.load(init)
-    _check_shape(arguments, model.config, str(init))
-    return model
-
-
-def _own_tokenizer(init: str, shape: ModelConfig) -> Tokenizer:
-    """The tokenizer that a model was trained with."""
-    try:
-        tokenizer = runs.load_tokenizer(init)
-    except ValueError as error:
-        raise ValueError(f"--init needs a run with its tokenizer, by which --data is read: {error}") from None
-    if tokenizer.vocab_size > shape.vocab_size:
-        raise ValueError(
-            f"the tokenizer of {init} has {tokenizer.vocab_size} tokens and its model knows {shape.vocab_size}: "
-            "put the tokenizer of this model there"
-        )
-    return tokenizer
-
-
 def _resume(arguments: Arguments, folder: Path) -> tuple[LanguageModel, Dataset, TrainConfig, Checkpoint | None]:
     """A run as it was when its newest whole checkpoint was written; from its beginning where there is none."""
     if not (folder / places.TRAINING).is_dir():
@@ -174,8 +149,8 @@ def _resume(arguments: Arguments, folder: Path) -> tuple[LanguageModel, Dataset,
     with places.alone(folder):
         found = checkpoint.latest(folder / places.TRAINING)
         for damage in found.damaged:
-            print(damage, file=sys.stderr)
-        recorded = _recorded(arguments, folder, found)
+            _note(damage)
+        recorded = beginning.recorded(folder, found, arguments.data, _note)
         shape, before = from_dict(ModelConfig, recorded["model"]), from_dict(TrainConfig, recorded["train"])
         _check_shape(arguments, shape, str(folder))
         init = recorded.get("init")
@@ -183,64 +158,11 @@ def _resume(arguments: Arguments, folder: Path) -> tuple[LanguageModel, Dataset,
             began = f"from {init['run']}" if init else "with random weights"
             raise ValueError(f"{folder} began {began}, not from {arguments.init}: leave --init out")
         settings = from_dict(TrainConfig, {**to_dict(before), **_changes(arguments, to_dict(before), FREE)})
-        dataset = _same_data(arguments, folder, recorded)
-        model = _at_first(folder, shape, settings, init, found)
+        dataset = beginning.same_data(folder, recorded, arguments.data)
+        model = beginning.model_of(folder, recorded, found, _note)
         made = bool(recorded.get("prepared_here", False))
         places.record(folder, dataset, shape, settings, prepared_here=made, init=init)
     return model, dataset, settings, found.checkpoint
-
-
-def _recorded(arguments: Arguments, folder: Path, found: Found) -> dict[str, Any]:
-    """How the run was set up; a checkpoint knows all of it but where the data is."""
-    try:
-        return places.read_settings(folder)
-    except ValueError as error:
-        if found.checkpoint is None:
-            raise
-        if arguments.data is None:
-            raise ValueError(f"{error}; its checkpoints can be gone on from if --data says where the data is") from None
-        print(f"{error}; taking the settings of {found.checkpoint.path}", file=sys.stderr)
-        state = found.checkpoint.state
-        return {"data": arguments.data, "model": state["model"], "train": state["config"]}
-
-
-def _same_data(arguments: Arguments, folder: Path, recorded: dict[str, Any]) -> Dataset:
-    """The data that the run was begun on, also where it or the run was moved."""
-    given = [] if arguments.data is None else [Path(arguments.data)]
-    candidates = [*given, Path(recorded["data"]), folder / places.DATA]
-    place = next((candidate for candidate in candidates if (candidate / DATASET).is_file()), None)
-    if place is None:
-        raise ValueError(f"the run's data is not at {recorded['data']} any more: say by --data where it is now")
-    dataset = Dataset.open(place)
-    if recorded.get("data_fingerprint", dataset.info.fingerprint) != dataset.info.fingerprint:
-        raise ValueError(f"{place} is not the data that {folder} is trained on: say by --data where that is")
-    return dataset
-
-
-def _at_first(
-    folder: Path, shape: ModelConfig, settings: TrainConfig, init: dict[str, str] | None, found: Found
-) -> LanguageModel:
-    """The model as the run began with it, or to be filled from a checkpoint."""
-    if found.checkpoint is not None:
-        print(f"going on from {found.checkpoint.path}", file=sys.stderr)
-        return LanguageModel(shape)
-    if found.damaged:
-        raise ValueError(f"{folder} has no whole checkpoint to go on from: start again with --overwrite")
-    if places.holds_model(folder):
-        raise ValueError(
-            f"{folder} has its model but no checkpoint to go on from: begin a new run with its weights by "
-            f"--init {folder} --out ANOTHER"
-        )
-    print(f"{folder} has no checkpoint yet: it begins again", file=sys.stderr)
-    torch.manual_seed(settings.seed)
-    if init is None:
-        return LanguageModel(shape)
-    if not (Path(init["run"]) / runs.CONFIG).is_file():
-        raise ValueError(f"{folder} has no checkpoint yet, and {init['run']}, with whose weights it began, is gone")
-    model = runs.load(init["run"])
-    if checkpoint.fingerprint(model) != init["weights"]:
-        raise ValueError(f"{init['run']} has other weights than when {folder} began with them: start a new run")
-    return model
 
 
 def parse_layer(text: str) -> Layer:
@@ -267,6 +189,10 @@ def _value(text: str) -> Any:
         return json.loads({"None": "null", "True": "true", "False": "false"}.get(text, text))
     except ValueError:
         return text
+
+
+def _note(line: str) -> None:
+    print(line, file=sys.stderr)
 
 
 def _changes(arguments: Arguments, recorded: dict[str, Any], free: frozenset[str]) -> dict[str, Any]:
@@ -334,9 +260,9 @@ class _Display:
 
     def __call__(self, now: Progress) -> None:
         if now.note is not None:
-            print(now.note, file=sys.stderr)
+            _note(now.note)
         if now.activity == "compiling" and self.activity != "compiling" and now.note is None:
-            print("compiling the model (about half a minute)", file=sys.stderr)
+            _note("compiling the model (about half a minute)")
         self.activity = now.activity
         if now.step == 0:
             return
