@@ -399,7 +399,8 @@ class _Trainer:
         if self.config.minutes is not None:
             self.steps = state["steps"]
         self.before, self.precision, self.compiled = state["seconds"], state["precision"], state["compiled"]
-        self.skipped, self.skipped_in_a_row = state["skipped"], state["skipped_in_a_row"]
+        self.skipped = state.get("skipped", 0)  # not counted by the first versions
+        self.skipped_in_a_row = state.get("skipped_in_a_row", 0)
         there, here = (state["torch"], state["threads"]), (torch.__version__, torch.get_num_threads())
         if there != here:
             words = "torch {} with {} threads".format
