@@ -9,8 +9,9 @@ from typing import Any
 from everlong.cli import console, eval, generate, prepare, train
 from everlong.cli.places import check_free_for_run
 from everlong.config import config
+from everlong.data.disk import write, write_json
 from everlong.lab.chart import Panel, chart, smoothed
-from everlong.models.run import write_json
+from everlong.train.folder import SETTINGS, check_free, read_settings
 from everlong.train.log import LOG
 
 # What four minutes on two cores are best spent on: many small updates of a small model, and none of the time on
@@ -27,6 +28,7 @@ TRAINING: dict[str, Any] = {
 # Of the evaluation: a constant state reads on beyond the length that it was trained on.
 CONTEXT: dict[str, Any] = {"length": 1024, "stride": 768}
 VOCABULARY = 2048
+SUMMARY, PICTURE = "summary.json", "picture.svg"
 PROMPTS = (
     "import os\nimport sys\n\ndef main(",
     "class Queue:\n    def __init__(self, maxsize=0):\n",
@@ -56,6 +58,7 @@ def run(arguments: Arguments) -> dict[str, object]:
     chosen = {"minutes": arguments.minutes, "seed": arguments.seed, **SHAPE, **TRAINING}
     training = train.Arguments(data=str(data), out=str(out), overwrite=True, **chosen)
     check_free_for_run(out)
+    _check_place(out)
     _typed(f"everlong prepare python-stdlib --out {data} --vocab-size {VOCABULARY}")
     prepare.run(prepare.Arguments(sources=("python-stdlib",), out=data, vocab_size=VOCABULARY))
     _typed(f"everlong train --data {data} --out {out} {_options(chosen)}")
@@ -75,10 +78,33 @@ def run(arguments: Arguments) -> dict[str, object]:
         "held_out_documents": evaluated["documents"],
         "held_out_bytes": evaluated["bytes"],
     }
-    write_json(out / "summary.json", summary)
-    (out / "picture.svg").write_text(picture(out / LOG, bits), encoding="utf-8")
+    write_json(out / SUMMARY, summary)
+    write(out / PICTURE, picture(out / LOG, bits).encode())
     _close(out, data, bits)
     return summary
+
+
+def _check_place(out: Path) -> None:
+    """Raises ValueError where `out` holds anything that the demo would replace and that no earlier demo made."""
+    if is_demo(out):
+        return
+    there = next((name for name in (SUMMARY, PICTURE) if (out / name).exists()), None)
+    if there is not None:
+        raise ValueError(f"{out} holds {there}, which no demo made: choose another folder for --out")
+    try:
+        check_free(out, overwrite=False)
+    except ValueError:
+        raise ValueError(f"{out} holds something that is no earlier demo: choose another folder for --out") from None
+
+
+def is_demo(folder: Path) -> bool:
+    """Whether the training in a folder was set up as the demo sets it up."""
+    if not (folder / SETTINGS).is_file():
+        return False
+    recorded = read_settings(folder)
+    known = {**recorded["model"], **recorded["train"]}
+    wanted = json.loads(json.dumps({**SHAPE, **TRAINING}))
+    return all(known.get(name) == value for name, value in wanted.items())
 
 
 def picture(log: Path, bits: dict[str, float]) -> str:
@@ -116,7 +142,7 @@ def _close(out: Path, data: Path, bits: dict[str, float]) -> None:
         ["on files that training never saw", "bits per byte"],
         [(names[key], f"{value:.3f}") for key, value in sorted(bits.items(), key=lambda item: item[1])],
     )
-    print(f"The figures are in {out / 'summary.json'}, the learning curve in {out / 'picture.svg'}. Next:")
+    print(f"The figures are in {out / SUMMARY}, the learning curve in {out / PICTURE}. Next:")
     print(f"  .venv/bin/everlong generate {out} --prompt 'def fibonacci(n):'")
     print(f"  .venv/bin/everlong train --data {data} --mixer mamba2 --minutes 5 --out runs/mamba2")
     print("  .venv/bin/everlong train --data YOUR_TEXT.txt --mixer gated_deltanet --minutes 10 --out runs/mine")

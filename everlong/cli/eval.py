@@ -10,7 +10,6 @@ import tyro
 from tyro.conf import Positional
 
 from everlong.cli import console
-from everlong.cli.train import SETTINGS, read_settings
 from everlong.config import config, from_dict
 from everlong.data.loader import Dataset, TokenSplit
 from everlong.data.packing import FILE as DATASET
@@ -20,6 +19,7 @@ from everlong.data.tokenizer import Tokenizer
 from everlong.models import run as runs
 from everlong.models.baselines import ByteNGram, xz_bits_per_byte
 from everlong.train.evaluate import Evaluation, evaluate, merge, sample
+from everlong.train.folder import SETTINGS, read_settings
 from everlong.train.precision import Asked, resolve
 from everlong.train.settings import TrainConfig
 

@@ -9,6 +9,7 @@ import importlib
 import importlib.metadata
 import os
 import pkgutil
+import signal
 import sys
 from collections.abc import Sequence
 from contextlib import redirect_stdout
@@ -19,6 +20,7 @@ from everlong import __version__, cli
 from everlong.cli import console
 from everlong.cli.parsing import one_line, parse
 from everlong.config import unknown
+from everlong.train import signals
 from everlong.train.memory import keep_freed_memory
 
 NO_COMMANDS = frozenset({"console", "main", "parsing", "places"})
@@ -28,8 +30,8 @@ NO_MEMORY = "can't allocate memory"  # how torch's allocator says it, in a plain
 def main(words: Sequence[str] | None = None) -> int:
     """Runs one command; what the process should exit with.
 
-    0: done. 2: the input is at fault, told in one line on standard error. 130: interrupted. 141: nobody reads the
-    output any more. Any other exception is a bug of ours, and keeps its traceback.
+    0: done. 2: the input is at fault, told in one line on standard error. 130: interrupted, 143: by SIGTERM.
+    141: nobody reads the output any more. Any other exception is a bug of ours, and keeps its traceback.
     """
     words = list(sys.argv[1:] if words is None else words)
     try:
@@ -64,9 +66,9 @@ def _run(words: list[str]) -> int:
         result = _call(module, parse(module.Arguments, words[1:], program=program), as_json)
     except SystemExit as end:  # the help was asked for
         return int(end.code or 0)
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stop:
         print(f"{program}: interrupted", file=sys.stderr)
-        return 130
+        return 128 + (stop.number if isinstance(stop, signals.Stopped) else signal.SIGINT)
     except BrokenPipeError:
         raise
     except (ValueError, OSError) as error:
@@ -94,10 +96,11 @@ def share_processors() -> None:
 
 def _call(module: Any, arguments: Any, as_json: bool) -> dict[str, object]:
     keep_freed_memory()
-    if not as_json:
-        return module.run(arguments)  # type: ignore[no-any-return]
-    with redirect_stdout(sys.stderr):  # whatever prints, a library too: standard output holds the one object
-        return module.run(arguments)  # type: ignore[no-any-return]
+    with signals.at_once():
+        if not as_json:
+            return module.run(arguments)  # type: ignore[no-any-return]
+        with redirect_stdout(sys.stderr):  # whatever prints, a library too: standard output holds the one object
+            return module.run(arguments)  # type: ignore[no-any-return]
 
 
 def without_json(words: Sequence[str]) -> tuple[list[str], bool]:

@@ -9,8 +9,6 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated, Any
 
-import psutil
-import torch
 import tyro
 
 from everlong import mixers
@@ -18,24 +16,22 @@ from everlong.cli import console
 from everlong.cli.parsing import Names
 from everlong.cli.places import check_free_for_run
 from everlong.config import config, from_dict, to_dict
+from everlong.data import disk
 from everlong.data.loader import Dataset, Loader
 from everlong.data.packing import FILE as DATASET
 from everlong.data.packing import Progress as Preparing
 from everlong.data.packing import prepare
-from everlong.mixers.base import name_of
-from everlong.models import run as runs
+from everlong.data.tokenizer import Tokenizer
 from everlong.models.lm import LanguageModel, Layer, ModelConfig
-from everlong.train import checkpoint
+from everlong.train import beginning, checkpoint, signals
+from everlong.train import folder as places
 from everlong.train.checkpoint import Checkpoint
-from everlong.train.log import LOG
-from everlong.train.loop import Progress, Result, holds_run, train
+from everlong.train.loop import Progress, Result, train
 from everlong.train.settings import TrainConfig
 
-SETTINGS = Path("training") / "settings.json"
-RECORDED = {"data": str, "model": dict, "train": dict}
-BYTES_A_PARAMETER = 12  # weight, gradient and one moment of the optimizer, in float32
 # What may be given anew with --resume: none of it changes what an update computes.
 FREE = frozenset({"steps", "evaluate_every", "evaluate_tokens", "final_tokens", "checkpoint_every", "keep", "on_nan"})
+NEW_DATA = ".data.new"  # where a source is prepared while the run that is overwritten still has its own
 
 
 @config
@@ -44,6 +40,7 @@ class Arguments(TrainConfig):
 
     Example: everlong train --data python-stdlib --mixer gated_deltanet --minutes 4 --out runs/stdlib
     A hybrid: everlong train --data novel.txt --layers mamba2,mamba2,attention:window=128 --out runs/novel
+    From the weights of another run: everlong train --init runs/novel --data more.txt --out runs/more
     """
 
     out: Annotated[str, tyro.conf.arg(metavar="RUN")]
@@ -62,10 +59,12 @@ class Arguments(TrainConfig):
     """Of the tokenizer that is trained where --data is not prepared yet."""
     text_field: str = "text"
     """The field of JSONL and Parquet that holds the text."""
+    init: str | None = None
+    """A run or imported model to begin with: its weights, shape and tokenizer. Instead of --mixer."""
     resume: bool = False
     """Go on with the run in --out from its newest checkpoint; nothing else needs to be given."""
     overwrite: bool = False
-    """Remove the run that --out holds first."""
+    """Let the new run take the place of the one that --out holds."""
 
 
 def run(arguments: Arguments) -> dict[str, object]:
@@ -73,117 +72,105 @@ def run(arguments: Arguments) -> dict[str, object]:
     folder = Path(arguments.out)
     if arguments.resume and arguments.overwrite:
         raise ValueError("--resume goes on with a run and --overwrite removes it: give one of them")
-    if arguments.resume:
-        model, dataset, settings, start = _resume(arguments, folder)
-    else:
-        model, dataset, settings = _begin(arguments, folder)
-        start = None
-    with _Display() as display:
-        result = train(model, dataset, settings, folder, start=start, report=display)
+    try:
+        with signals.at_once():
+            if arguments.resume:
+                model, dataset, settings, start = _resume(arguments, folder)
+            else:
+                model, dataset, settings = _begin(arguments, folder)
+                start = None
+            with _Display() as display:
+                result = train(model, dataset, settings, folder, start=start, report=display)
+    except signals.Stopped as stop:
+        raise _stopped(folder, stop.number, "at once") from None
     if result.stopped_by is not None:
-        name = signal.Signals(result.stopped_by).name
-        print(
-            f"stopped by {name} after step {result.step}; go on with: everlong train --out {folder} --resume",
-            file=sys.stderr,
-        )
-        raise SystemExit(128 + result.stopped_by)
+        raise _stopped(folder, result.stopped_by, f"after step {result.step}")
     return _tell(folder, model, result)
+
+
+def _stopped(folder: Path, number: int, when: str) -> SystemExit:
+    """Says in a line how to go on; how the process ends."""
+    way = f"go on with: everlong train --out {folder} --resume"
+    if not (folder / places.SETTINGS).is_file():
+        way = "it had not begun to train: start it again"
+    _note(f"everlong train: stopped by {signal.Signals(number).name} {when}; {way}")
+    return SystemExit(128 + number)
 
 
 def _begin(arguments: Arguments, folder: Path) -> tuple[LanguageModel, Dataset, TrainConfig]:
     """A new run: the data prepared where it is not, the model with its first weights."""
     if arguments.data is None:
         raise ValueError("needs `--data`: a prepared folder, a text file, a folder of texts, or python-stdlib")
+    settings = TrainConfig(**{name: getattr(arguments, name) for name in to_dict(TrainConfig())})
+    check_free_for_run(folder)
+    places.check_free(folder, overwrite=arguments.overwrite)
+    model, tokenizer = None, None
+    init = None if arguments.init is None else Path(arguments.init)
+    if init is None:
+        beginning.check_trainable(_shape(arguments, arguments.vocab_size))  # told before the work
+    else:
+        model = beginning.origin_of(init, folder)
+        _check_shape(arguments, model.config, str(init))
+        beginning.check_trainable(model.config)
+        tokenizer = beginning.tokenizer_of(init)
+    dataset, made = _dataset(arguments, folder, tokenizer, settings)
+    if tokenizer is not None and dataset.info.tokenizer != tokenizer.fingerprint:
+        raise ValueError(
+            f"{dataset.folder} was prepared with another tokenizer than that of {init}: prepare it by "
+            f"everlong prepare SOURCE --tokenizer {init} --out DIR, or give the source itself as --data"
+        )
+    if model is None:
+        model = beginning.first_model(_shape(arguments, dataset.tokenizer.vocab_size), arguments.seed)
+    began = beginning.describe(init, model) if init else None
+    with places.alone(folder):
+        dataset = _take_place(arguments, folder, dataset)
+        places.record(folder, dataset, model.config, settings, prepared_here=made, init=began)
+    return model, dataset, settings
+
+
+def _shape(arguments: Arguments, vocab_size: int) -> ModelConfig:
+    """The shape of a new model."""
     if (arguments.mixer is None) == (not arguments.layers):
         raise ValueError("needs `--mixer NAME` or `--layers a,b,...`, one of them; `everlong mixers` lists the mixers")
-    if (holds_run(folder) or (folder / LOG).exists()) and not arguments.overwrite:
-        raise ValueError(f"{folder} holds a run already: go on with it by --resume, or remove it by --overwrite")
-    check_free_for_run(folder)
-    layers = tuple(parse_layer(layer) for layer in (arguments.layers or (str(arguments.mixer),)))
-    shape = {"width": arguments.width, "num_layers": arguments.num_layers, "layers": layers}
-    _check_shape(from_dict(ModelConfig, {"vocab_size": arguments.vocab_size, **shape}))
-    settings = TrainConfig(**{name: getattr(arguments, name) for name in to_dict(TrainConfig())})
-    if arguments.overwrite:
-        _clear(folder)
-    dataset = _dataset(arguments, folder, settings)
-    torch.manual_seed(arguments.seed)
-    model = LanguageModel(from_dict(ModelConfig, {"vocab_size": dataset.tokenizer.vocab_size, **shape}))
-    _record(folder, dataset, model.config, settings)
-    return model, dataset, settings
+    shape = {"width": arguments.width, "num_layers": arguments.num_layers, "layers": _layers(arguments)}
+    return from_dict(ModelConfig, {"vocab_size": vocab_size, **shape})
+
+
+def _layers(arguments: Arguments) -> tuple[Layer, ...]:
+    """The mixers that were asked for, none where the run has them already."""
+    return tuple(parse_layer(layer) for layer in arguments.layers or ((arguments.mixer,) if arguments.mixer else ()))
+
+
+def _check_shape(arguments: Arguments, shape: ModelConfig, whose: str) -> None:
+    """Raises ValueError where the options ask for another model than the one there is."""
+    asked = _layers(arguments)
+    if asked and asked != shape.layers:
+        raise ValueError(f"{whose} is a run of other layers, and goes on with those: leave --mixer or --layers out")
+    _changes(arguments, {"width": shape.width, "num_layers": shape.num_layers}, frozenset())
 
 
 def _resume(arguments: Arguments, folder: Path) -> tuple[LanguageModel, Dataset, TrainConfig, Checkpoint | None]:
     """A run as it was when its newest whole checkpoint was written; from its beginning where there is none."""
-    recorded = read_settings(folder)
-    shape, before = from_dict(ModelConfig, recorded["model"]), from_dict(TrainConfig, recorded["train"])
-    asked = arguments.layers or ((arguments.mixer,) if arguments.mixer else ())
-    if asked and tuple(parse_layer(layer) for layer in asked) != shape.layers:
-        raise ValueError(f"{folder} is a run of other layers, and goes on with those: leave --mixer or --layers out")
-    _changes(arguments, {"width": shape.width, "num_layers": shape.num_layers}, frozenset())
-    settings = from_dict(TrainConfig, {**to_dict(before), **_changes(arguments, to_dict(before), FREE)})
-    given = arguments.data is not None and (Path(arguments.data) / DATASET).is_file()
-    dataset = Dataset.open(str(arguments.data) if given else recorded["data"])
-    _record(folder, dataset, shape, settings)
-    with console.progress(f"verifying the checkpoints of {folder}"):
-        found = checkpoint.latest(folder / "training")
-    for damage in found.damaged:
-        print(damage, file=sys.stderr)
-    if found.checkpoint is None and found.damaged:
-        raise ValueError(f"{folder} has no whole checkpoint to go on from: start again with --overwrite")
-    if found.checkpoint is None:
-        print(f"{folder} has no checkpoint yet: it begins again", file=sys.stderr)
-        torch.manual_seed(settings.seed)
-    else:
-        print(f"going on from {found.checkpoint.path}", file=sys.stderr)
-    return LanguageModel(shape), dataset, settings, found.checkpoint
-
-
-def _check_shape(shape: ModelConfig) -> None:
-    """Raises ValueError where such a model cannot be made, cannot be trained or has no room in memory."""
-    for mixer, options in map(shape.mixer, shape.layers):
-        if not getattr(options, "causal", True):
-            raise ValueError(
-                f"a layer of {name_of(mixer)} with causal=False sees the tokens that it is to predict: leave it out"
-            )
-    period = min(shape.num_layers, len(shape.layers))
-    with torch.device("meta"):
-        model = LanguageModel(dataclasses.replace(shape, num_layers=period))
-    blocks, others = (sum(p.numel() for p in part.parameters()) for part in (model.blocks, model.embedding))
-    parameters = others + blocks * shape.num_layers // period
-    needed, there = BYTES_A_PARAMETER * parameters, psutil.virtual_memory().total
-    if needed > there:
-        raise ValueError(
-            f"a model of {console.count(parameters)} parameters takes at least {console.size(needed)} while it is "
-            f"trained: this machine has {console.size(there)}. Take a smaller --width, --num-layers or --vocab-size"
-        )
-
-
-def _record(folder: Path, dataset: Dataset, shape: ModelConfig, settings: TrainConfig) -> None:
-    """Writes down how the training is set up, so that --resume needs nothing else."""
-    (folder / SETTINGS).parent.mkdir(parents=True, exist_ok=True)
-    described = {"data": str(dataset.folder.resolve()), "model": to_dict(shape), "train": to_dict(settings)}
-    runs.write_json(folder / SETTINGS, described)
-
-
-def read_settings(folder: Path) -> dict[str, Any]:
-    """How the training of a run was set up: "data", "model" and "train".
-
-    Raises:
-        ValueError: no training was begun there, or what was written down is damaged.
-    """
-    place = folder / SETTINGS
-    if not place.is_file():
-        raise ValueError(
-            f"{folder} holds no training to go on with: there is no {SETTINGS}. `everlong train --data SRC --mixer "
-            f"NAME --out {folder}` begins one"
-        )
-    try:
-        settings = json.loads(place.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{place} is no JSON: {error}") from None
-    if not isinstance(settings, dict) or any(not isinstance(settings.get(k), t) for k, t in RECORDED.items()):
-        raise ValueError(f"{place} is damaged: it must hold {', '.join(RECORDED)}. Start a new run")
-    return settings
+    if not (folder / places.TRAINING).is_dir():
+        raise ValueError(f"{folder} holds no training to go on with: there is no {places.SETTINGS}")
+    with places.alone(folder):
+        with console.progress(f"verifying the checkpoints of {folder}"):
+            found = checkpoint.latest(folder / places.TRAINING)
+        for damage in found.damaged:
+            _note(damage)
+        recorded = beginning.recorded(folder, found, arguments.data, _note)
+        shape, before = from_dict(ModelConfig, recorded["model"]), from_dict(TrainConfig, recorded["train"])
+        _check_shape(arguments, shape, str(folder))
+        init = recorded.get("init")
+        if arguments.init is not None and str(Path(arguments.init).resolve()) != (init or {}).get("run"):
+            began = f"from {init['run']}" if init else "with random weights"
+            raise ValueError(f"{folder} began {began}, not from {arguments.init}: leave --init out")
+        settings = from_dict(TrainConfig, {**to_dict(before), **_changes(arguments, to_dict(before), FREE)})
+        dataset = beginning.same_data(folder, recorded, arguments.data)
+        model = beginning.model_of(folder, recorded, found, _note)
+        made = bool(recorded.get("prepared_here", False))
+        places.record(folder, dataset, shape, settings, prepared_here=made, init=init)
+    return model, dataset, settings, found.checkpoint
 
 
 def parse_layer(text: str) -> Layer:
@@ -217,6 +204,10 @@ def _value(text: str) -> Any:
         return text
 
 
+def _note(line: str) -> None:
+    print(line, file=sys.stderr)
+
+
 def _changes(arguments: Arguments, recorded: dict[str, Any], free: frozenset[str]) -> dict[str, Any]:
     """What was given anew: not the default, and not as recorded. ValueError where that is not among `free`."""
     usual = {field.name: field.default for field in dataclasses.fields(Arguments)}
@@ -230,51 +221,61 @@ def _changes(arguments: Arguments, recorded: dict[str, Any], free: frozenset[str
     return anew
 
 
-def _data_folder(arguments: Arguments, folder: Path) -> Path:
-    """Where the prepared data is, or will be."""
-    source = Path(str(arguments.data))
-    return source if (source / DATASET).is_file() else folder / "data"
+def _dataset(
+    arguments: Arguments, folder: Path, tokenizer: Tokenizer | None, settings: TrainConfig
+) -> tuple[Dataset, bool]:
+    """The prepared data, and whether it is the run's own: a source that is not prepared is, into the run's folder.
 
-
-def _dataset(arguments: Arguments, folder: Path, settings: TrainConfig) -> Dataset:
-    """The prepared data; a source that is not prepared is, into the run's folder.
+    What a run prepared that is to be overwritten stays until the new data is whole.
 
     Raises:
         ValueError: the source cannot be used, or is shorter than one sequence; what was prepared for nothing is gone.
     """
-    place = _data_folder(arguments, folder)
-    made = [path for path in (place, *place.parents) if not path.exists()]
-    if place == folder / "data":
-        with console.progress(f"preparing {arguments.data}") as report:
+    source, place, earlier = Path(str(arguments.data)), folder / places.DATA, places.prepared_here(folder)
+    if (source / DATASET).is_file():
+        return _long_enough(source, settings), earlier and place.is_dir() and source.samefile(place)
+    if arguments.overwrite and earlier:
+        place = folder / NEW_DATA
+        if place.exists():  # left by a process that was killed
+            disk.remove(place)
+    new = [path for path in (place, *place.parents) if not path.exists()]
+    with console.progress(f"preparing {arguments.data}") as report:
 
-            def tell(progress: Preparing) -> None:
-                report(progress.done, progress.stage, total=progress.total)
+        def tell(progress: Preparing) -> None:
+            report(progress.done, progress.stage, total=progress.total)
 
-            prepare(
-                str(arguments.data),
-                place,
-                vocab_size=arguments.vocab_size,
-                text_field=arguments.text_field,
-                seed=arguments.seed,
-                report=tell,
-            )
-    dataset = Dataset.open(place)
+        done = prepare(
+            str(arguments.data),
+            place,
+            vocab_size=arguments.vocab_size,
+            tokenizer=tokenizer,
+            text_field=arguments.text_field,
+            seed=arguments.seed,
+            report=tell,
+        )
     try:
-        Loader(dataset.split("train"), length=settings.length, batch_size=settings.rows)
+        return _long_enough(place, settings), earlier or not done.reused
     except ValueError:
-        if made:
-            shutil.rmtree(made[-1])
+        if new:
+            shutil.rmtree(new[-1])
         raise
+
+
+def _long_enough(place: Path, settings: TrainConfig) -> Dataset:
+    """Prepared data; ValueError where it is shorter than one sequence."""
+    dataset = Dataset.open(place)
+    Loader(dataset.split("train"), length=settings.length, batch_size=settings.rows)
     return dataset
 
 
-def _clear(folder: Path) -> None:
-    """Removes what makes a folder a run, and nothing else."""
-    for name in (runs.CONFIG, runs.WEIGHTS, LOG, "generation_config.json", "tokenizer.json", "tokenizer_config.json"):
-        (folder / name).unlink(missing_ok=True)
-    shutil.rmtree(folder / "training", ignore_errors=True)
-    if (folder / "data" / DATASET).is_file():
-        shutil.rmtree(folder / "data")
+def _take_place(arguments: Arguments, folder: Path, dataset: Dataset) -> Dataset:
+    """Removes the run that is to be overwritten, now that nothing can be wrong with the new one; the new one's data."""
+    places.check_free(folder, overwrite=arguments.overwrite)
+    if arguments.overwrite:
+        places.clear(folder, keep=dataset.folder)
+    if dataset.folder != folder / NEW_DATA:
+        return dataset
+    return Dataset.open(dataset.folder.rename(folder / places.DATA))
 
 
 class _Display:
@@ -290,9 +291,9 @@ class _Display:
 
     def __call__(self, now: Progress) -> None:
         if now.note is not None:
-            print(now.note, file=sys.stderr)
+            _note(now.note)
         if now.activity == "compiling" and self.activity != "compiling" and now.note is None:
-            print("compiling the model (about half a minute)", file=sys.stderr)
+            _note("compiling the model (about half a minute)")
         self.activity = now.activity
         if now.step == 0:
             return
@@ -322,6 +323,8 @@ def _tell(folder: Path, model: LanguageModel, result: Result) -> dict[str, objec
         shown["perplexity"] = f"{held_out.perplexity:.2f}"
         shown["bits per byte"] = f"{held_out.bits_per_byte:.4f}"
     shown["steps"] = f"{result.step:,} in {console.duration(result.seconds)}"
+    if result.skipped:
+        shown["skipped"] = f"{result.skipped:,} updates whose loss or gradient was no finite number"
     shown["speed"] = f"{console.count(result.tokens_per_second)} tokens/s"
     shown["peak memory"] = console.size(result.peak_memory_bytes)
     shown["parameters"] = console.count(parameters)
@@ -329,13 +332,14 @@ def _tell(folder: Path, model: LanguageModel, result: Result) -> dict[str, objec
     console.fields(shown)
     print("Next:")
     print(f"  everlong generate {folder} --prompt TEXT")
-    print(f"  everlong eval {folder} --data {read_settings(folder)['data']}")
+    print(f"  everlong eval {folder} --data {places.read_settings(folder)['data']}")
     return {
         "run": str(folder),
         "loss": held_out and held_out.loss,
         "perplexity": held_out and held_out.perplexity,
         "bits_per_byte": held_out and held_out.bits_per_byte,
         "steps": result.step,
+        "skipped": result.skipped,
         "seconds": result.seconds,
         "tokens_per_second": result.tokens_per_second,
         "peak_memory_bytes": result.peak_memory_bytes,

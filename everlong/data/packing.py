@@ -17,9 +17,11 @@ import hashlib
 import json
 import os
 import shutil
+import threading
 import time
 from array import array
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, Literal
@@ -27,6 +29,7 @@ from typing import BinaryIO, Literal
 import numpy as np
 
 from everlong.config import config, from_dict, to_dict
+from everlong.data.disk import digest, naming, sync
 from everlong.data.sources import Skipped, documents
 from everlong.data.spool import Parts, Piece, Spool, Tell, split
 from everlong.data.tokenizer import Tokenizer, check_vocab_size, train_tokenizer
@@ -156,7 +159,7 @@ def prepare(
     )
     before = _what_is_there(folder)
     skipped: list[Skipped] = []
-    with _stage(folder) as stage:
+    with naming(folder), _stage(folder) as stage:
         spool = Spool(stage)
         with clock.stage("reading") as tell:
             spool.fill(documents(sources, text_field=text_field, skip=skipped.append), tell)
@@ -229,7 +232,7 @@ def verify(folder: str | Path) -> DatasetInfo:
     info = read_info(folder)
     check_whole(folder, info)
     for name, known in info.files.items():
-        if _file_digest(Path(folder) / name) != known.sha256:
+        if digest(Path(folder) / name) != known.sha256:
             raise ValueError(f"`{Path(folder) / name}` was changed after it was written. Prepare the data again")
     return info
 
@@ -237,7 +240,21 @@ def verify(folder: str | Path) -> DatasetInfo:
 def _train(spool: Spool, train: Parts, vocab_size: int, tell: Tell) -> Tokenizer:
     if not len(train.spans):
         raise ValueError("nothing is left to train a tokenizer on: hold out less than all, or give a tokenizer")
-    return train_tokenizer(spool.sample(train, TRAINING_BYTES, tell), vocab_size)
+    return _interruptible(lambda: train_tokenizer(spool.sample(train, TRAINING_BYTES, tell), vocab_size))
+
+
+def _interruptible(work: Callable[[], Tokenizer]) -> Tokenizer:
+    """What `work` returns or raises. It runs in a thread: a library that takes half a minute looks for no signals."""
+    done: Future[Tokenizer] = Future()
+
+    def run() -> None:
+        try:
+            done.set_result(work())
+        except BaseException as error:  # told where the result is asked for
+            done.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    return done.result()
 
 
 class _Packer:
@@ -392,26 +409,13 @@ def _publish(stage: Path, folder: Path, info: DatasetInfo) -> None:
     text = json.dumps(to_dict(info), indent=2, ensure_ascii=False) + "\n"
     (stage / FILE).write_bytes(text.encode("utf-8", "backslashreplace"))
     for path in (*stage.iterdir(), stage):
-        _sync(path)
+        sync(path)
     os.rename(stage, os.path.realpath(folder))
-    _sync(stage.parent)
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    sync(stage.parent)
 
 
 def _describe(file: Path) -> FileInfo:
-    return FileInfo(bytes=file.stat().st_size, sha256=_file_digest(file))
-
-
-def _file_digest(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+    return FileInfo(bytes=file.stat().st_size, sha256=digest(file))
 
 
 class _Clock:

@@ -22,6 +22,8 @@ import tokenizers
 from jaxtyping import Integer
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
+from everlong.data.disk import write
+
 END = "<|endoftext|>"
 BYTES = 256
 LARGEST = 1 << 20  # tokens of a vocabulary that is trained: the library takes memory for all of them at once
@@ -90,11 +92,14 @@ class Tokenizer:
             raise ValueError(f"`{file}` cannot be used: {one_line(error)}") from None
 
     def save(self, folder: Path | str) -> None:
-        """Writes `tokenizer.json` and `tokenizer_config.json`, which transformers' AutoTokenizer loads."""
+        """Writes `tokenizer.json` and `tokenizer_config.json`, which transformers' AutoTokenizer loads.
+
+        Each file is whole at every instant.
+        """
         Path(folder).mkdir(parents=True, exist_ok=True)
-        (Path(folder) / FILE).write_bytes(self._description.encode())
+        write(Path(folder) / FILE, self._description.encode())
         text = json.dumps(self.settings, indent=2, ensure_ascii=False) + "\n"
-        (Path(folder) / SETTINGS).write_bytes(text.encode())
+        write(Path(folder) / SETTINGS, text.encode())
 
     @cached_property
     def fingerprint(self) -> str:

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from torch import Tensor
 
 import everlong
 from everlong.config import from_dict, nearest, to_dict
+from everlong.data.disk import replacing, write_json
 from everlong.data.packing import FILE as DATASET
 from everlong.data.tokenizer import Tokenizer
 from everlong.models.lm import LanguageModel, ModelConfig
@@ -28,9 +28,8 @@ def save(model: LanguageModel, folder: str | Path, tokenizer: Tokenizer | None =
     weights = {name: value.detach().contiguous() for name, value in model.state_dict().items()}
     if model.config.tie_embeddings:
         del weights["head.weight"]
-    aside = folder / f"{WEIGHTS}.tmp"
-    save_file(weights, aside, metadata={"format": "pt"})
-    settle(aside, folder / WEIGHTS)
+    with replacing(folder / WEIGHTS) as aside:
+        save_file(weights, aside, metadata={"format": "pt"})
     description = {
         "architectures": ["EverlongForCausalLM"],
         "model_type": "everlong",
@@ -153,22 +152,3 @@ def fill(model: LanguageModel, weights: Mapping[str, Tensor], source: str) -> No
             )
     with torch.no_grad():
         model.load_state_dict(weights)
-
-
-def write_json(path: Path, values: Mapping[str, Any]) -> None:
-    """Writes a JSON file that is whole at every instant."""
-    aside = path.with_name(f"{path.name}.tmp")
-    aside.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
-    settle(aside, path)
-
-
-def settle(aside: Path, path: Path) -> None:
-    """Moves a finished file to its place, on the disk before it is in the folder."""
-    with aside.open("rb") as file:
-        os.fsync(file.fileno())
-    aside.replace(path)
-    descriptor = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -8,13 +8,13 @@
 A checkpoint is written aside as `step-00000200.tmp`, brought to the disk file by file, and renamed.
 """
 
+import contextlib
 import hashlib
 import json
-import os
 import random
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,8 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+
+from everlong.data.disk import digest, remove, sync
 
 MANIFEST, STATE = "manifest.json", "state.json"
 _NAME = re.compile(r"step-(\d{8,})")
@@ -62,29 +64,29 @@ def save(
     aside = path.with_name(f"{path.name}.tmp")
     try:
         training.mkdir(parents=True, exist_ok=True)
-        for remains in training.glob("step-*.tmp*"):  # of a process that was killed here
-            shutil.rmtree(remains, ignore_errors=True)
+        _sweep(training)
         aside.mkdir()
         for group, tensors in groups.items():
             save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, _file(aside, group))
         (aside / STATE).write_text(json.dumps(state), encoding="utf-8")
         manifest = {
-            file.name: {"bytes": file.stat().st_size, "sha256": _digest(file)} for file in sorted(aside.iterdir())
+            file.name: {"bytes": file.stat().st_size, "sha256": digest(file)} for file in sorted(aside.iterdir())
         }
         (aside / MANIFEST).write_text(json.dumps(manifest, indent=2), encoding="utf-8")
         for file in (*aside.iterdir(), aside):
-            _to_disk(file)
+            sync(file)
         if path.exists():  # a damaged one of the same step
-            _remove(path)
+            remove(path)
         aside.rename(path)
-        _to_disk(training)
-        for _, old in _listed(training)[keep:]:
-            _remove(old)
+        sync(training)
+        sync(training.parent)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(aside, ignore_errors=True)
         there = _listed(training)
         rest = f"the last one there is {there[0][1]}" if there else "there is none before it"
         raise OSError(f"the checkpoint of step {step} could not be written: {error}; {rest}") from error
+    for _, old in _listed(training)[keep:]:
+        remove(old)
     return path
 
 
@@ -115,11 +117,13 @@ def load(path: Path) -> Checkpoint:
         raise ValueError(f"{path} is no checkpoint: those are folders named like step-00000200")
     try:
         manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+        if STATE not in manifest:
+            raise ValueError(f"{MANIFEST} does not list {STATE}")
         for name, expected in manifest.items():
             size = (path / name).stat().st_size
             if size != expected["bytes"]:
                 raise ValueError(f"{name} has {size:,} bytes instead of {expected['bytes']:,}")
-            if _digest(path / name) != expected["sha256"]:
+            if digest(path / name) != expected["sha256"]:
                 raise ValueError(f"{name} has another SHA-256 than when it was written")
         state = json.loads((path / STATE).read_text(encoding="utf-8"))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -136,6 +140,15 @@ def set_aside_after(training: Path, step: int) -> list[Path]:
             shutil.rmtree(target, ignore_errors=True)
             moved.append(path.rename(target))
     return moved
+
+
+def remove_all(training: Path) -> None:
+    """Removes every checkpoint, whole or not, and what was set aside."""
+    for _, path in _listed(training):
+        remove(path)
+    for path in training.glob("step-*.damaged"):
+        remove(path)
+    _sweep(training)
 
 
 def weights(model: nn.Module) -> dict[str, Tensor]:
@@ -167,6 +180,15 @@ def restore(model: nn.Module, values: Mapping[str, Tensor]) -> None:
             value.copy_(values[name])
 
 
+def fingerprint(model: nn.Module) -> str:
+    """The SHA-256 of a model's weights, whatever files they come from."""
+    everything = hashlib.sha256()
+    for name, value in sorted(weights(model).items()):
+        everything.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
+        everything.update(value.detach().cpu().reshape(-1).view(torch.uint8).numpy().data)
+    return everything.hexdigest()
+
+
 def random_state() -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The global generators: torch's as tensors, Python's and NumPy's as JSON values."""
     tensors = {"cpu": torch.get_rng_state()}
@@ -190,6 +212,23 @@ def set_random_state(tensors: Mapping[str, Tensor], others: Mapping[str, Any]) -
     np.random.set_state((name, np.asarray(key, dtype=np.uint32), *rest))  # noqa: NPY002
 
 
+def seed_all(seed: int) -> None:
+    """Seeds the global generators: torch's, Python's and NumPy's."""
+    torch.manual_seed(seed)
+    random.seed(seed)
+    np.random.seed(seed % (1 << 32))  # noqa: NPY002
+
+
+@contextlib.contextmanager
+def random_state_kept() -> Iterator[None]:
+    """Leaves the global generators as they were found."""
+    before = random_state()
+    try:
+        yield
+    finally:
+        set_random_state(*before)
+
+
 def _listed(training: Path) -> list[tuple[int, Path]]:
     """The checkpoints there are, newest first."""
     entries = training.iterdir() if training.is_dir() else ()
@@ -197,23 +236,11 @@ def _listed(training: Path) -> list[tuple[int, Path]]:
     return sorted(found, reverse=True)
 
 
+def _sweep(training: Path) -> None:
+    """Removes what a process left that was killed while it wrote or removed a checkpoint."""
+    for remains in training.glob("step-*.tmp*"):
+        shutil.rmtree(remains, ignore_errors=True)
+
+
 def _file(folder: Path, group: str) -> Path:
     return folder / f"{group}.safetensors"
-
-
-def _digest(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def _to_disk(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _remove(path: Path) -> None:
-    """Takes the folder out of the list first, so that a crash leaves no half of it under its name."""
-    shutil.rmtree(shutil.move(path, path.with_name(f"{path.name}.tmp-old")), ignore_errors=True)

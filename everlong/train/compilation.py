@@ -42,6 +42,45 @@ def compiled(model: Any) -> Loss:
     return torch.compile(loss, dynamic=False)
 
 
+def choose(
+    model: Any,
+    asked: Mode,
+    *,
+    required: bool,
+    eager_seconds: Callable[[Loss], float],
+    rehearse: Callable[[Loss], object],
+    tell: Callable[[str | None], None],
+) -> tuple[Loss, bool]:
+    """The loss to train with, and whether it is compiled.
+
+    Args:
+        required: whether it is an error where it cannot be compiled; otherwise the eager one is taken, which is told.
+        eager_seconds: how long the training would take in eager mode; asked for where `asked` is "auto".
+        rehearse: computes a gradient, with which a function is compiled in fact.
+        tell: is told what a person should know, and None when compiling begins.
+
+    Raises:
+        ValueError: it is required, and cannot be compiled.
+    """
+    plain, why = eager(model), obstacle()
+    if asked == "off" or (asked == "auto" and why is None and eager_seconds(plain) <= PAYS_AFTER):
+        return plain, False
+    if why is None:
+        tell(None)
+        try:
+            with quiet():
+                fast = compiled(model)
+                rehearse(fast)
+        except Exception as error:  # whatever the compiler meets: eager mode is there
+            why = str(error).strip().partition("\n")[0] or type(error).__name__
+        else:
+            return fast, True
+    if required:
+        raise ValueError(f"the model cannot be compiled: {why}; or train with --compile off")
+    tell(f"Training without torch.compile, which makes it slower: {why}.")
+    return plain, False
+
+
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
     """Drops what torch's compiler warns of while it works: it is about torch's own code."""

@@ -5,20 +5,14 @@ that a run that was stopped and one that was not end with the same weights. `min
 the number of updates is fixed from the speed of the first ones, and recorded.
 """
 
-import contextlib
-import fcntl
-import os
 import resource
-import signal
 import sys
-import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
-from types import FrameType
 from typing import Any, Literal
 
 import psutil
@@ -31,15 +25,17 @@ from everlong.config import from_dict, to_dict
 from everlong.data.loader import Batch, Dataset, Loader, Position
 from everlong.models import run
 from everlong.models.lm import LanguageModel
-from everlong.train import checkpoint, compilation, optimizers, precision
+from everlong.train import checkpoint, compilation, optimizers, precision, signals
 from everlong.train.checkpoint import Checkpoint
 from everlong.train.evaluate import Evaluation, evaluate
-from everlong.train.log import Log
+from everlong.train.folder import alone, holds_model
+from everlong.train.log import LOG, Log
 from everlong.train.settings import TrainConfig
 
 CALIBRATION = 20  # updates that are timed before `minutes` becomes a number of updates
 MARGIN = 0.96  # the share of the time that is planned for: speed drifts
 SAVE_SECONDS = 120.0  # between checkpoints where no number of updates is given
+SKIPS = 20  # updates in a row that are skipped before a training gives up: its weights are past recovering
 
 Activity = Literal["training", "compiling", "evaluating", "saving"]
 
@@ -69,6 +65,7 @@ class Result:
     seconds: float
     tokens_per_second: float
     peak_memory_bytes: int
+    skipped: int  # updates whose loss or gradient was no finite number
     stopped_by: int | None  # the signal's number
 
 
@@ -102,64 +99,24 @@ def train(
             another model or other data.
         NotFinite: the loss or the gradient is no number; step, documents and the last checkpoint are named.
         OSError: the disk is full, and the last checkpoint is named; or another process trains into the folder.
+        Stopped: a signal came while there was nothing to save yet, or a second one after the first.
     """
     folder = Path(folder)
-    if start is None and holds_run(folder):
+    if start is None and holds_model(folder):
         raise ValueError(f"{folder} holds a run already: go on with it (--resume), or choose another folder")
-    with _alone(folder / "training"), precision.deterministic(), torch.random.fork_rng(devices=[]):
+    with alone(folder), precision.deterministic(), checkpoint.random_state_kept(), signals.at_once():
         trainer = _Trainer(model, dataset, config, folder, start, report)
         try:
-            with _catch_signals() as caught:
+            with signals.noted() as caught:
                 return trainer.run(caught)
         finally:
             trainer.log.close()
-
-
-def holds_run(folder: Path) -> bool:
-    """Whether this folder holds what a training has made: a model or a checkpoint."""
-    return any((folder / name).exists() for name in (run.CONFIG, run.WEIGHTS)) or checkpoint.any_in(folder / "training")
 
 
 def peak_memory() -> int:
     """The most memory that this process has had in use, in bytes."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
-
-
-@contextlib.contextmanager
-def _alone(training: Path) -> Iterator[None]:
-    """Keeps other processes from training into the same run; the lock ends with the process, however that ends."""
-    training.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(training, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise OSError(f"another process is training into {training.parent}: let it end first") from None
-        yield
-    finally:
-        os.close(descriptor)
-
-
-@contextlib.contextmanager
-def _catch_signals() -> Iterator[list[int]]:
-    """Collects SIGINT and SIGTERM instead of dying; the second one ends the process as usual."""
-    caught: list[int] = []
-    if threading.current_thread() is not threading.main_thread():
-        yield caught
-        return
-
-    def handle(number: int, frame: FrameType | None) -> None:
-        if caught:
-            raise KeyboardInterrupt
-        caught.append(number)
-
-    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield caught
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 class _Trainer:
@@ -193,6 +150,8 @@ class _Trainer:
         self.held_out: Evaluation | None = None
         self.precision = precision.resolve(config.precision, self.device.type)
         self.compiled: bool | None = None
+        self.skipped = self.skipped_in_a_row = 0
+        self.caught: list[int] = []
         position, log_bytes = Position(seed=config.seed), 0
         if start is not None:
             position, log_bytes = self._restore(start)
@@ -201,10 +160,12 @@ class _Trainer:
         self.position = position
         self.micro_rows = config.micro_rows(model.config.width, model.config.num_layers)
         self.loss_of = self._choose_loss()
-        torch.manual_seed(config.seed)
+        checkpoint.seed_all(config.seed)
         if start is not None:
             checkpoint.set_random_state(start.tensors("random"), start.state["random"])
         self.log = Log(folder, length=log_bytes, step=self.step)
+        if self.log.missing:
+            self._tell("training", f"{folder / LOG} was shortened: it lacks lines of steps up to {self.step}.")
 
     @property
     def seconds(self) -> float:
@@ -212,7 +173,8 @@ class _Trainer:
         return self.before + time.perf_counter() - self.began
 
     def run(self, caught: list[int]) -> Result:
-        """Trains to the end, or to the first signal."""
+        """Trains to the end, or until a signal is on the list."""
+        self.caught = caught
         self.model.train()
         while self.steps is None or self.step < self.steps:
             row = self._update()
@@ -254,8 +216,9 @@ class _Trainer:
             if norm > self.config.clip:
                 torch.nn.utils.clip_grads_with_norm_(self.optimizers.parameters.values(), self.config.clip, norm)
             self.optimizers.step()
-        elif self.config.on_nan == "stop":
-            raise self._not_finite(loss, norm, batch)
+        else:
+            self._skip(loss, norm, batch)
+        self.skipped_in_a_row = 0 if finite else self.skipped_in_a_row
         self.optimizers.zero_grad()
         self.step, self.position = self.step + 1, batch.position
         self.loss = loss.item() if finite else self.loss
@@ -263,6 +226,7 @@ class _Trainer:
         self.durations.append(duration)
         return {
             "step": self.step,
+            **({} if finite else {"skipped": self.skipped}),
             "loss": loss.item() if finite else None,
             "learning_rate": self.config.learning_rate * factor,
             "gradient_norm": norm.item() if finite else None,
@@ -288,34 +252,17 @@ class _Trainer:
         return torch.stack(shares).sum()
 
     def _choose_loss(self) -> compilation.Loss:
-        """The loss in eager mode or compiled, as configured, as it was before, or as it pays."""
-        eager = compilation.eager(self.model)
-        asked = self.config.compile
-        if self.compiled is not None:
-            asked = "on" if self.compiled else "off"
-        wanted, obstacle = asked != "off", compilation.obstacle()
-        if wanted and obstacle is not None:
-            if self.config.compile == "on":
-                raise ValueError(f"the model cannot be compiled: {obstacle}, or train with --compile off")
-            wanted = False
-            self._tell("compiling", f"Training without torch.compile, which makes it slower: {obstacle}.")
-        if wanted and asked == "auto":
-            wanted = self._eager_seconds(eager) > compilation.PAYS_AFTER
-        self.compiled = wanted
-        if not wanted:
-            return eager
-        self._tell("compiling")
-        try:
-            with compilation.quiet():
-                fast = compilation.compiled(self.model)
-                self._rehearse(fast)
-        except Exception as error:  # whatever the compiler meets: eager mode is there
-            if self.config.compile == "on":
-                raise ValueError(f"the model cannot be compiled: {_line(error)}; train with --compile off") from error
-            self._tell("compiling", f"Training without torch.compile, which makes it slower: {_line(error)}.")
-            self.compiled = False
-            return eager
-        return fast
+        """The loss in eager mode or compiled: as it was before, as configured, or as it pays."""
+        before: dict[bool | None, compilation.Mode] = {None: self.config.compile, True: "on", False: "off"}
+        loss, self.compiled = compilation.choose(
+            self.model,
+            before[self.compiled],
+            required=self.config.compile == "on",
+            eager_seconds=self._eager_seconds,
+            rehearse=self._rehearse,
+            tell=lambda note: self._tell("compiling", note),
+        )
+        return loss
 
     def _eager_seconds(self, eager: compilation.Loss) -> float:
         """How long the training would take without compilation."""
@@ -366,15 +313,38 @@ class _Trainer:
             stride=self.config.length,
             max_tokens=max_tokens,
             precision=self.precision,
+            report=self._reassure(),
         )
         return {"held_out_loss": self.held_out.loss, "held_out_bits_per_byte": self.held_out.bits_per_byte}
+
+    def _reassure(self) -> Callable[[int, int], None]:
+        """Says once that a signal was heard, where what goes on may take a minute."""
+        told = bool(self.caught)
+
+        def report(done: int, total: int) -> None:
+            nonlocal told
+            if self.caught and not told:
+                told = True
+                self._tell("evaluating", "Stopping after this evaluation; a second signal stops without saving.")
+
+        return report
 
     def _write(self, row: dict[str, Any]) -> None:
         """A line of the log."""
         try:
             self.log.write(row)
         except OSError as error:
-            raise OSError(f"the log of {self.folder} could not be written: {error}; {self._last()}") from error
+            raise self._log_lost(error) from error
+
+    def _sync_log(self) -> int:
+        """Puts the log on the disk; its length in bytes."""
+        try:
+            return self.log.sync()
+        except OSError as error:
+            raise self._log_lost(error) from error
+
+    def _log_lost(self, error: OSError) -> OSError:
+        return OSError(f"the log of {self.folder} could not be written: {error}; {self._last()}")
 
     def _save_due(self) -> bool:
         if self.config.checkpoint_every is not None:
@@ -396,7 +366,9 @@ class _Trainer:
             "steps": self.steps,
             "position": to_dict(self.position),
             "seconds": self.seconds,
-            "log_bytes": self.log.sync(),
+            "skipped": self.skipped,
+            "skipped_in_a_row": self.skipped_in_a_row,
+            "log_bytes": self._sync_log(),
             "config": to_dict(self.config),
             "model": to_dict(self.model.config),
             "data": self.dataset.info.fingerprint,
@@ -427,6 +399,8 @@ class _Trainer:
         if self.config.minutes is not None:
             self.steps = state["steps"]
         self.before, self.precision, self.compiled = state["seconds"], state["precision"], state["compiled"]
+        self.skipped = state.get("skipped", 0)  # not counted by the first versions
+        self.skipped_in_a_row = state.get("skipped_in_a_row", 0)
         there, here = (state["torch"], state["threads"]), (torch.__version__, torch.get_num_threads())
         if there != here:
             words = "torch {} with {} threads".format
@@ -434,12 +408,18 @@ class _Trainer:
         checkpoint.set_aside_after(self.folder / "training", start.step)
         return from_dict(Position, state["position"]), state["log_bytes"]
 
-    def _not_finite(self, loss: Tensor, norm: Tensor, batch: Batch) -> NotFinite:
+    def _skip(self, loss: Tensor, norm: Tensor, batch: Batch) -> None:
+        """Counts an update that is left out; NotFinite where that is not wanted, or has been done too often."""
+        self.skipped, self.skipped_in_a_row = self.skipped + 1, self.skipped_in_a_row + 1
+        if self.config.on_nan == "skip" and self.skipped_in_a_row < SKIPS:
+            return
         names = list(dict.fromkeys(name for row in batch.documents for name in row))
         shown = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if names[8:] else "")
-        return NotFinite(
-            f"the loss is {loss.item()} and the gradient's norm {norm.item()} at step {self.step + 1}; the batch's "
-            f"documents: {shown}; {self._last()}. A lower --learning-rate may help, or --on-nan skip"
+        again = f", as in the {SKIPS - 1} updates before, which were skipped" if self.config.on_nan == "skip" else ""
+        remedy = "may help" if again else "may help, or --on-nan skip"
+        raise NotFinite(
+            f"the loss is {loss.item()} and the gradient's norm {norm.item()} at step {self.step + 1}{again}; the "
+            f"batch's documents: {shown}; {self._last()}. A lower --learning-rate {remedy}"
         )
 
     def _last(self) -> str:
@@ -479,10 +459,6 @@ class _Trainer:
             seconds=self.seconds,
             tokens_per_second=self._speed() or 0.0,
             peak_memory_bytes=peak_memory(),
+            skipped=self.skipped,
             stopped_by=stopped_by,
         )
-
-
-def _line(error: Exception) -> str:
-    """The first line of an error that may have many."""
-    return str(error).strip().partition("\n")[0] or type(error).__name__

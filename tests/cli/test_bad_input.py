@@ -150,7 +150,7 @@ LAYERS = {
 SETTINGS = {
     "--width 0": "`width` must be at least 1: got 0",
     "--width 1e3": "`--width` takes a whole number: got `1e3`",
-    "--width 1000000": "parameters takes at least 576 TB while it is trained",
+    "--width 1000000": "parameters takes at least 576,052 GB while it is trained",
     "--width 99999999999999999999": "`width` must be at most 1,048,576",
     "--num-layers 0": "`num_layers` must be at least 1",
     "--num-layers 1000000000": "`num_layers` must be at most 4,096",
@@ -189,14 +189,14 @@ TRAINING = {
     "train --data text.txt --mixer attention --out ''": "`--out` must not be empty",
     "train --data text.txt --mixer attention --out text.txt": "`text.txt` is a file: name a folder",
     "train --data text.txt --mixer attention --out text.txt/new": "cannot be made, for ",
-    "train --data text.txt --mixer attention --out run": "run holds a run already: go on with it by --resume, or",
+    "train --data text.txt --mixer attention --out run": "run holds model.safetensors, which no training of its own made: choose another folder",
     "train --data text.txt --mixer attention --out data --overwrite": "`data` holds prepared data",
     "train --data short.txt --mixer attention --out a/b": "a row needs 513 tokens, its length and one",
     "train --data cut-data --mixer attention --out new": "has 27004 bytes instead of 27014",
     "train --data listed-data --mixer attention --out new": "`listed-data/dataset.json` cannot be used",
     "train --data swapped-data --mixer attention --out new": "has 7665 bytes instead of 4994",
     "train --out run --resume": "run holds no training to go on with",
-    "train --out unset --resume": "unset/training/settings.json is damaged: it must hold data, model, train",
+    "train --out unset --resume": "unset/training/settings.json is damaged: it does not say data or model or train",
 }
 
 RUNS = {

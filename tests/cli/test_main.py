@@ -123,7 +123,7 @@ def test_every_example_is_a_command_that_can_be_given(line):
     module = command_line.importlib.import_module(f"everlong.cli.{name.replace('-', '_')}")
     made = parse(module.Arguments, words, program="everlong")
     if name == "train":
-        for layer in made.layers or [made.mixer]:
+        for layer in made.layers or ([] if made.init else [made.mixer]):
             module.ModelConfig(vocab_size=300, layers=(module.parse_layer(layer),))
 
 

@@ -297,7 +297,7 @@ def test_a_killed_preparation_leaves_nothing_that_looks_whole(data, tmp_path):
     program = (
         "import os, signal, sys\n"
         "from everlong.data import packing\n"
-        "packing._sync = lambda path: os.kill(os.getpid(), signal.SIGKILL)\n"  # the very end: all files are written
+        "packing.sync = lambda path: os.kill(os.getpid(), signal.SIGKILL)\n"  # the very end: all files are written
         "packing.prepare(sys.argv[1], sys.argv[2], vocab_size=300)\n"
     )
     ended = subprocess.run([sys.executable, "-c", program, source, str(out)], check=False)

@@ -1,8 +1,12 @@
 """Prepared real text and a tiny model, shared by the tests of training."""
 
+import json
+
 import pytest
 import torch
+from training_runs import TINY
 
+from everlong.cli.main import main
 from everlong.data.loader import Dataset
 from everlong.data.packing import prepare
 from everlong.models.lm import LanguageModel, ModelConfig
@@ -52,3 +56,24 @@ def make_model(dataset):
         return LanguageModel(ModelConfig(vocab_size=dataset.tokenizer.vocab_size, **config))
 
     return make
+
+
+@pytest.fixture
+def call(capsys):
+    """Runs a command: the JSON result and what stood on standard error, or the exit code and the line."""
+
+    def run(*words):
+        code = main([*map(str, words), "--json"])
+        out, err = capsys.readouterr()
+        if code:
+            return code, err.strip()
+        return json.loads(out.strip().splitlines()[-1]), err
+
+    return run
+
+
+@pytest.fixture
+def trained(call, prepared, tmp_path):
+    """A run of ten steps, and its result."""
+    result, _ = call("train", "--data", prepared, "--mixer", "attention", "--out", tmp_path / "run", *TINY)
+    return tmp_path / "run", result

@@ -1,60 +1,16 @@
 """`everlong train` and `everlong eval` as they are typed: results, and one line for what cannot work."""
 
-import json
 import lzma
 import math
 import shutil
 
 import pytest
+from training_runs import TINY, refused
 
-from everlong.cli.main import main
 from everlong.cli.train import parse_layer
 from everlong.models import run as runs
 from everlong.train import checkpoint, log
 from everlong.train.settings import TrainConfig
-
-OPTIONS = {
-    "steps": 10,
-    "width": 32,
-    "num-layers": 2,
-    "vocab-size": 384,
-    "batch-tokens": 256,
-    "length": 32,
-    "compile": "off",
-    "precision": "float32",
-    "checkpoint-every": 4,
-    "warmup": 4,
-}
-TINY = [word for name, value in OPTIONS.items() for word in (f"--{name}", str(value))]
-
-
-@pytest.fixture
-def call(capsys):
-    """Runs a command: the JSON result and what stood on standard error, or the exit code and the line."""
-
-    def run(*words):
-        code = main([*map(str, words), "--json"])
-        out, err = capsys.readouterr()
-        if code:
-            return code, err.strip()
-        return json.loads(out.strip().splitlines()[-1]), err
-
-    return run
-
-
-@pytest.fixture
-def trained(call, prepared, tmp_path):
-    result, _ = call("train", "--data", prepared, "--mixer", "attention", "--out", tmp_path / "run", *TINY)
-    return tmp_path / "run", result
-
-
-def refused(call, *words):
-    code, told = call(*words)
-    assert code == 2
-    line = told.splitlines()[-1]
-    assert line.startswith(f"everlong {words[0]}: ")
-    assert "Traceback" not in told
-    return line
 
 
 def test_a_run_and_what_it_tells(trained):

@@ -2,16 +2,14 @@
 
 import dataclasses
 import os
-import random
 import resource
 import signal
 import subprocess
-import sys
-from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from training_runs import same_weights, spawn, told
 
 from everlong.data.loader import Loader
 from everlong.models import run as runs
@@ -27,17 +25,6 @@ needs_compiler = pytest.mark.skipif(compilation.obstacle() is not None, reason=s
 
 def small(**values):
     return dataclasses.replace(SMALL, **values)
-
-
-def told(run):
-    """The log without what depends on the clock and the memory."""
-    clock = {"seconds", "tokens_per_second", "memory_bytes"}
-    return [{key: value for key, value in row.items() if key not in clock} for row in log.read(run)]
-
-
-def same_weights(one, other):
-    one, other = (load_file(run / "model.safetensors") for run in (one, other))
-    return one.keys() == other.keys() and all(torch.equal(value, other[name]) for name, value in one.items())
 
 
 def test_the_loss_falls_on_real_text(make_model, dataset, tmp_path):
@@ -100,23 +87,35 @@ def test_a_long_gradient_is_shortened(make_model, dataset, tmp_path):
             torch.testing.assert_close(short[name], value * (0.01 / norm), rtol=1e-3, atol=1e-9)
 
 
+def noisy(model):
+    """The model with a loss that draws from global generators; not from Python's, which the checks of types use."""
+    loss = model.loss
+
+    def drawn(tokens, targets):
+        return loss(tokens, targets) * (1 + torch.rand(()) + np.random.rand())  # noqa: NPY002
+
+    model.loss = drawn
+    return model
+
+
 @pytest.mark.parametrize("precision", ["float32", "bf16"])
 def test_resumed_in_one_process_it_ends_with_the_same_bits(make_model, dataset, tmp_path, precision):
     settings = small(precision=precision, evaluate_every=3)
-    train(make_model(), dataset, settings, tmp_path / "whole")
+    train(noisy(make_model()), dataset, settings, tmp_path / "whole")
 
     def stop(now):
         if now.step == 7 and now.activity == "training":
             os.kill(os.getpid(), signal.SIGTERM)
 
-    result = train(make_model(), dataset, settings, tmp_path / "parts", report=stop)
+    result = train(noisy(make_model()), dataset, settings, tmp_path / "parts", report=stop)
     assert result.stopped_by == signal.SIGTERM
     assert 7 <= result.step < 12
     start = checkpoint.latest(tmp_path / "parts" / "training").checkpoint
     assert start.step == result.step
-    random_before = torch.get_rng_state()
-    result = train(make_model(), dataset, settings, tmp_path / "parts", start=start)
-    assert torch.equal(torch.get_rng_state(), random_before)
+    generators = checkpoint.random_state()
+    result = train(noisy(make_model()), dataset, settings, tmp_path / "parts", start=start)
+    assert torch.equal(checkpoint.random_state()[0]["cpu"], generators[0]["cpu"])
+    assert checkpoint.random_state()[1]["numpy"] == generators[1]["numpy"]
     assert result.step == 12
     assert told(tmp_path / "whole") == told(tmp_path / "parts")
     assert same_weights(tmp_path / "whole", tmp_path / "parts")
@@ -139,61 +138,6 @@ def test_more_steps_go_on_from_the_end(make_model, dataset, tmp_path):
     start = checkpoint.latest(tmp_path / "more" / "training").checkpoint
     train(make_model(), dataset, constant, tmp_path / "more", start=start)
     assert same_weights(tmp_path / "whole", tmp_path / "more")
-
-
-def spawn(prepared, run, *options, **how):
-    worker = Path(__file__).with_name("worker.py")
-    place = {"PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(
-        [sys.executable, "-W", "error", str(worker), str(prepared), str(run), *options],
-        env=os.environ | place,
-        stdout=subprocess.PIPE,
-        text=True,
-        **how,
-    )
-
-
-def kill_and_go_on(prepared, run, chance, *options, kills=1, steps=30):
-    """Kills a training at random instants, and lets it end at last."""
-    for _ in range(kills):
-        process, last = spawn(prepared, run, *options), chance.randrange(3, steps)
-        for line in process.stdout:
-            if int(line) >= last and chance.random() < 0.5:
-                process.kill()
-                break
-        process.stdout.close()
-        process.wait()
-    process = spawn(prepared, run, *options)
-    assert process.communicate()[0]
-    assert process.returncode == 0
-
-
-def check_kills(prepared, folder, seed, *options, kills=1):
-    options = ("steps=30", "checkpoint_every=2", "evaluate_every=10", *options)
-    whole = spawn(prepared, folder / "whole", *options)
-    kill_and_go_on(prepared, folder / "killed", random.Random(seed), *options, kills=kills)
-    assert whole.communicate()[0]
-    assert whole.returncode == 0
-    assert told(folder / "whole") == told(folder / "killed")
-    assert same_weights(folder / "whole", folder / "killed")
-
-
-def test_killed_and_resumed_it_ends_with_the_same_bits(prepared, tmp_path):
-    check_kills(prepared, tmp_path, 0)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("precision", ["float32", "bf16"])
-@pytest.mark.parametrize("seed", range(5))
-def test_killed_often_it_ends_with_the_same_bits(prepared, tmp_path, seed, precision):
-    check_kills(prepared, tmp_path, seed, f"precision={precision}", kills=2)
-
-
-@pytest.mark.slow
-@needs_compiler
-@pytest.mark.parametrize("precision", ["float32", "bf16"])
-def test_killed_when_compiled_it_ends_with_the_same_bits(prepared, tmp_path, precision):
-    check_kills(prepared, tmp_path, 0, f"precision={precision}", "compile=on")
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -293,7 +237,7 @@ def test_two_processes_never_train_into_one_folder(prepared, tmp_path):
         if int(line) >= 5:
             break
     second = spawn(prepared, tmp_path / "run", "steps=5")
-    assert second.communicate()[0] == ""
+    assert len(second.communicate()[0].split()) == 1  # the step that it would have gone on from
     assert second.returncode == 1
     process.terminate()
     process.communicate()
