@@ -189,7 +189,7 @@ TRAINING = {
     "train --data text.txt --mixer attention --out ''": "`--out` must not be empty",
     "train --data text.txt --mixer attention --out text.txt": "`text.txt` is a file: name a folder",
     "train --data text.txt --mixer attention --out text.txt/new": "cannot be made, for ",
-    "train --data text.txt --mixer attention --out run": "run holds model.safetensors, which no training of its own made: choose another folder",
+    "train --data text.txt --mixer attention --out run": "run holds model.safetensors, which no training of its own",
     "train --data text.txt --mixer attention --out data --overwrite": "`data` holds prepared data",
     "train --data short.txt --mixer attention --out a/b": "a row needs 513 tokens, its length and one",
     "train --data cut-data --mixer attention --out new": "has 27004 bytes instead of 27014",

@@ -39,8 +39,6 @@ def test_a_folder_with_other_files_keeps_them(call, prepared, tmp_path):
     call("train", "--data", prepared, "--out", tmp_path, *ANEW)
     words = ("--mixer", "attention", *tiny(steps=4), "--overwrite")
     again, _ = call("train", "--data", prepared, "--out", tmp_path, *words)
-        "train", "--data", prepared, "--out", tmp_path, "--mixer", "attention", *tiny(steps=4), "--overwrite"
-    )
     assert again["steps"] == 4
     assert (tmp_path / "notes" / "a.txt").read_text() == "mine"
     assert (tmp_path / "training" / "plan.txt").read_text() == "mine too"
