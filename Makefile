@@ -29,6 +29,7 @@ fmt: .venv/dev.stamp
 
 bench: .venv/dev.stamp
 	$(BIN)/everlong bench ops --store
+	$(BIN)/everlong bench train --store
 	$(BIN)/everlong bench decode --store
 
 clean:

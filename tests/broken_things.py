@@ -79,6 +79,7 @@ def _make_data(place: Path) -> None:
 def _make_runs(place: Path) -> None:
     run = place / "run"
     _save(run, width=16, layers=("linear_attention",))
+    _save(place / "positions", width=16, layers=("linear_attention",), learned_positions=8)
     weights = (run / runs.WEIGHTS).read_bytes()
     (_copy(place, "run", "cut-weights") / runs.WEIGHTS).write_bytes(weights[: len(weights) // 2])
     (_copy(place, "run", "no-weights") / runs.WEIGHTS).unlink()

@@ -1,4 +1,4 @@
-"""Measures the operators or decoding on this machine."""
+"""Measures the operators, training or decoding on this machine."""
 
 import importlib
 from collections.abc import Iterator
@@ -15,12 +15,12 @@ from everlong.lab.bench.result import Row
 
 @config
 class Arguments:
-    """Measures the operators or decoding on this machine.
+    """Measures the operators, training or decoding on this machine.
 
     Example: everlong bench decode --only gated_deltanet
     """
 
-    suite: Positional[Literal["ops", "decode"]]
+    suite: Positional[Literal["ops", "train", "decode"]]
     """What to measure."""
     only: str | None = None
     """Run only the rows whose measure contains this text."""

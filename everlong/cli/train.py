@@ -31,6 +31,7 @@ from everlong.train.settings import TrainConfig
 
 # What may be given anew with --resume: none of it changes what an update computes.
 FREE = frozenset({"steps", "evaluate_every", "evaluate_tokens", "final_tokens", "checkpoint_every", "keep", "on_nan"})
+SHAPE = ("width", "num_layers", "learned_positions")  # options that are the model's
 NEW_DATA = ".data.new"  # where a source is prepared while the run that is overwritten still has its own
 
 
@@ -55,6 +56,8 @@ class Arguments(TrainConfig):
     """Channels of the model."""
     num_layers: int = 4
     """Blocks of a mixer and a feed-forward."""
+    learned_positions: int | None = None
+    """A learned vector for each of so many positions, added to the embedding; no longer text can then be read."""
     vocab_size: int = 4096
     """Of the tokenizer that is trained where --data is not prepared yet."""
     text_field: str = "text"
@@ -107,11 +110,11 @@ def _begin(arguments: Arguments, folder: Path) -> tuple[LanguageModel, Dataset, 
     model, tokenizer = None, None
     init = None if arguments.init is None else Path(arguments.init)
     if init is None:
-        beginning.check_trainable(_shape(arguments, arguments.vocab_size))  # told before the work
+        beginning.check_trainable(_shape(arguments, arguments.vocab_size), settings)  # told before the work
     else:
         model = beginning.origin_of(init, folder)
         _check_shape(arguments, model.config, str(init))
-        beginning.check_trainable(model.config)
+        beginning.check_trainable(model.config, settings)
         tokenizer = beginning.tokenizer_of(init)
     dataset, made = _dataset(arguments, folder, tokenizer, settings)
     if tokenizer is not None and dataset.info.tokenizer != tokenizer.fingerprint:
@@ -132,8 +135,8 @@ def _shape(arguments: Arguments, vocab_size: int) -> ModelConfig:
     """The shape of a new model."""
     if (arguments.mixer is None) == (not arguments.layers):
         raise ValueError("needs `--mixer NAME` or `--layers a,b,...`, one of them; `everlong mixers` lists the mixers")
-    shape = {"width": arguments.width, "num_layers": arguments.num_layers, "layers": _layers(arguments)}
-    return from_dict(ModelConfig, {"vocab_size": vocab_size, **shape})
+    asked = {name: getattr(arguments, name) for name in SHAPE}
+    return from_dict(ModelConfig, {"vocab_size": vocab_size, "layers": _layers(arguments), **asked})
 
 
 def _layers(arguments: Arguments) -> tuple[Layer, ...]:
@@ -146,7 +149,7 @@ def _check_shape(arguments: Arguments, shape: ModelConfig, whose: str) -> None:
     asked = _layers(arguments)
     if asked and asked != shape.layers:
         raise ValueError(f"{whose} is a run of other layers, and goes on with those: leave --mixer or --layers out")
-    _changes(arguments, {"width": shape.width, "num_layers": shape.num_layers}, frozenset())
+    _changes(arguments, {name: getattr(shape, name) for name in SHAPE}, frozenset())
 
 
 def _resume(arguments: Arguments, folder: Path) -> tuple[LanguageModel, Dataset, TrainConfig, Checkpoint | None]:

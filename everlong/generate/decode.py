@@ -121,6 +121,12 @@ def _steps(
     for _, options in model.config.pattern():
         if not getattr(options, "causal", True):
             raise ValueError("a model with a layer of `causal=False` sees the tokens to come: it generates none")
+    known, longest = model.config.learned_positions, max(map(len, prompts))
+    if known is not None and longest + max_new_tokens - 1 > known:
+        raise ValueError(
+            f"the model has learned {known:,} positions: got a prompt of {longest:,} tokens, and {max_new_tokens:,} "
+            "to follow. Give a shorter prompt, or fewer new tokens"
+        )
     streams = generators(seed, len(prompts))
     device = next(model.parameters()).device
     tokens = tokens.to(device)

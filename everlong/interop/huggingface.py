@@ -146,6 +146,7 @@ class EverlongForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[no-
         super().__init__(config)
         model = LanguageModel(config.model_config())
         self.embedding, self.blocks, self.norm = model.embedding, model.blocks, model.norm
+        self.positions = model.positions
         self.head: nn.Module = model.head
         if self.embedding.weight.device.type != "meta":
             for module in self.modules():  # so that transformers does not draw other weights in the place of these

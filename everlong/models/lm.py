@@ -12,6 +12,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, cast
 
+import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
@@ -43,6 +44,9 @@ class ModelConfig:
     bias: bool = False
     """Biases in the feed-forward, and in each mixer that has them as an option."""
     norm_eps: float = 1e-5
+    learned_positions: int | None = None
+    """A learned vector for each of so many positions, added to the embedding; no longer text can then be read, as in
+    GPT-2 and BERT. None: there are none, and no limit."""
 
     def __post_init__(self) -> None:
         for name in ("vocab_size", "width", "num_layers"):
@@ -50,6 +54,8 @@ class ModelConfig:
                 raise ValueError(f"`{name}` must be at least 1: got {getattr(self, name)}")
             if getattr(self, name) > LARGEST[name]:
                 raise ValueError(f"`{name}` must be at most {LARGEST[name]:,}: got {getattr(self, name):,}")
+        if self.learned_positions is not None and not 1 <= self.learned_positions <= LARGEST["vocab_size"]:
+            raise ValueError(f"`learned_positions` must be at least 1 and no slip: got {self.learned_positions}")
         if not self.layers:
             raise ValueError(f"`layers` must name at least one mixer. There is: {', '.join(mixers.names())}")
         for layer in self.layers:
@@ -81,6 +87,12 @@ class ModelConfig:
     def pattern(self) -> list[tuple[type[Mixer], Any]]:
         """The mixer of every layer."""
         return [self.mixer(self.layers[i % len(self.layers)]) for i in range(self.num_layers)]
+
+
+class Seen(NamedTuple):
+    """What a model with learned positions keeps beside its layers' states."""
+
+    length: Int[Tensor, " N"]
 
 
 class Output(NamedTuple):
@@ -131,6 +143,10 @@ class LanguageModel(nn.Module):
         super().__init__()
         self.config = config
         self.embedding = nn.Embedding(config.vocab_size, config.width)
+        self.positions: nn.Embedding | None = None
+        if config.learned_positions is not None:
+            self.positions = nn.Embedding(config.learned_positions, config.width)
+            nn.init.normal_(self.positions.weight, std=0.02)
         self.blocks = nn.ModuleList(
             Block(config, mixer(options, layer=i, depth=config.num_layers))
             for i, (mixer, options) in enumerate(config.pattern())
@@ -145,7 +161,10 @@ class LanguageModel(nn.Module):
 
     def init_state(self, batch: int) -> State:
         """The state of `batch` sequences before their first token."""
-        return tuple(block.mixer.init_state(batch) for block in cast(Iterable[Block], self.blocks))
+        states = tuple(block.mixer.init_state(batch) for block in cast(Iterable[Block], self.blocks))
+        if self.positions is None:
+            return states
+        return *states, Seen(torch.zeros(batch, dtype=torch.long, device=self.positions.weight.device))
 
     @unpadded
     def hidden(
@@ -160,12 +179,18 @@ class LanguageModel(nn.Module):
     ) -> tuple[Float[Tensor, "B T D"], State]:
         """`hidden`, of vectors in the place of embedded tokens."""
         context = dataclasses.replace(context, first={})
-        past = (None,) * len(self.blocks) if state is None else state
-        after = []
+        past: State = (None,) * len(self.blocks) if state is None else state[: len(self.blocks)]
+        after: list[Any] = []
+        count = None
+        if self.positions is not None:
+            start = None if state is None else state[-1].length
+            where, lengths = context.count_from(start, x), context.lengths(x)
+            check_positions(where, self.positions.num_embeddings)
+            x, count = x + self.positions(where), Seen(lengths if start is None else start + lengths)
         for block, before in zip(self.blocks, past, strict=True):
             x, now = block(x, before, context)
             after.append(now)
-        return self.norm(x), tuple(after)
+        return self.norm(x), tuple(after) if count is None else (*after, count)
 
     def logits(self, x: Float[Tensor, "*B D"]) -> Float[Tensor, "*B C"]:
         """Unnormalised log probabilities, in float32 at least."""
@@ -194,6 +219,8 @@ class LanguageModel(nn.Module):
         c = self.config
         flops, state, parameters = 2 * c.width * c.vocab_size, 0, c.width + c.vocab_size * c.width
         parameters += 0 if c.tie_embeddings else c.vocab_size * c.width
+        if c.learned_positions is not None:
+            parameters, state = parameters + c.learned_positions * c.width, state + 8
         for mixer, options in c.pattern():
             cost = mixer.cost(options, length)
             flops, state = flops + cost.flops_per_token, state + cost.state_bytes
@@ -210,3 +237,15 @@ class LanguageModel(nn.Module):
         from everlong.models.run import save  # the reader there needs this class
 
         save(self, run)
+
+
+def check_positions(positions: Int[Tensor, "rows T"], known: int) -> None:
+    """Raises ValueError where a position lies beyond those that a model has learned."""
+    if torch.compiler.is_compiling() or not positions.numel():
+        return
+    longest = int(positions.max()) + 1
+    if longest > known:
+        raise ValueError(
+            f"the model has learned {known:,} positions, and reads no longer text: got {longest:,} tokens. Give less, "
+            "or train one with --learned-positions or with rope, which has no limit"
+        )

@@ -104,7 +104,6 @@ def choose(operator: str, backend: str, tensor: Tensor) -> Callable[..., Any]:
     return _functions[_target(operator, backend, tensor.device.type, tensor.dtype, _asked)]
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _target(operator: str, backend: str, device: str, dtype: torch.dtype, asked: str) -> str:
     """The key of the chosen function: torch.compile runs this while it traces, and takes a name but no function."""
     found = _decide(operator, backend, device, dtype, asked).implementation
@@ -112,6 +111,9 @@ def _target(operator: str, backend: str, device: str, dtype: torch.dtype, asked:
         _functions[found.target] = found.load()
     return found.target
 
+
+# As `torch.compiler.assume_constant_result` marks it, which would import the compiler with everlong: 0.8 s.
+_target._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 _functions: dict[str, Callable[..., Any]] = {}
 

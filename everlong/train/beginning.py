@@ -18,6 +18,7 @@ from everlong.models.lm import LanguageModel, ModelConfig
 from everlong.train import checkpoint
 from everlong.train import folder as places
 from everlong.train.checkpoint import Found
+from everlong.train.settings import TrainConfig
 
 Tell = Callable[[str], object]
 
@@ -52,8 +53,13 @@ def tokenizer_of(init: Path) -> Tokenizer:
         raise ValueError(f"--init needs a run with its tokenizer, by which --data is read: {error}") from None
 
 
-def check_trainable(shape: ModelConfig) -> None:
-    """Raises ValueError where a model of this shape cannot be trained, or has no room in memory."""
+def check_trainable(shape: ModelConfig, settings: TrainConfig) -> None:
+    """Raises ValueError where a model of this shape cannot be trained so, or has no room in memory."""
+    if shape.learned_positions is not None and settings.length > shape.learned_positions:
+        raise ValueError(
+            f"`length` must be at most the model's learned positions: got length={settings.length}, "
+            f"learned_positions={shape.learned_positions}"
+        )
     for mixer, options in map(shape.mixer, shape.layers):
         if not getattr(options, "causal", True):
             raise ValueError(

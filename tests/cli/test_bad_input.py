@@ -28,7 +28,7 @@ COMMANDS = {
     "doctor --fix": "unknown option `--fix`",
     "mixers --json=1": "`--json` takes no value: got `1`",
     "bench": "needs `SUITE`",
-    "bench opps": "`SUITE` must be one of ops, decode: got `opps`. Nearest: `ops`",
+    "bench opps": "`SUITE` must be one of ops, train, decode: got `opps`. Nearest: `ops`",
     "bench ''": "`SUITE` must not be empty",
     "bench ops decode": "nothing takes the word `decode`",
     "bench ops --only": "`--only` needs a value",
@@ -182,6 +182,7 @@ SETTINGS = {
 }
 
 TRAINING = {
+    f"{TRAIN} --mixer mamba2 --learned-positions 64": "`length` must be at most the model's learned positions",
     "train": "needs `--out RUN`",
     "train --mixer attention --out new": "needs `--data`: a prepared folder, a text file, a folder of texts, or",
     "train --data text.txt --out new": "needs `--mixer NAME` or `--layers a,b,...`",
@@ -242,6 +243,7 @@ GENERATION = {
     "generate run --prompt -": "standard input is no UTF-8 text: byte 0xff at offset 0",
     "generate run --prompt \udcff": "a text holds half a surrogate pair",
     f"{GENERATE} --stop ''": "`--stop` must not be empty",
+    "generate positions --prompt 'more than eight'": "learned 8 positions: got a prompt of 15 tokens, and",
     f"{GENERATE} --temperature -1": "`temperature` must be at least 0 (0 is greedy) and finite: got -1.0",
     f"{GENERATE} --temperature 1e400": "`temperature` must be at least 0 (0 is greedy) and finite: got inf",
     f"{GENERATE} --top-p 2": "`top_p` must be above 0 and at most 1, or left out: got 2.0",
@@ -260,6 +262,7 @@ EVALUATION = {
     "eval run": "needs `--data SRC`",
     "eval run --data other-data": "prepared with another tokenizer than run: give the source itself to --data, or",
     "eval run --data trained-data": "`trained-data` has no heldout documents: prepare it with more --held-out",
+    "eval positions --data data": "the model has learned 8 positions, and reads no longer text: got ",
     "eval run --data data --split test": "`--split` must be one of heldout, train, all: got `test`",
     "eval run --data data --length 0": "`length` must be at least 1: got 0",
     "eval run --data data --length 99999999999999999999": "`length` must be at most 1,099,511,627,776",

@@ -84,7 +84,7 @@ def run(tmp_path, layers):
 def hybrid(tmp_path_factory):
     """One run for the tests that do not depend on the mixer."""
     torch.manual_seed(0)
-    return save_run(tmp_path_factory.mktemp("hybrid"), ("gated_deltanet", "attention"))
+    return save_run(tmp_path_factory.mktemp("hybrid"), ("gated_deltanet", "attention"), learned_positions=512)
 
 
 def tokens(batch=2, length=11):

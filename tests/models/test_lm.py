@@ -5,7 +5,7 @@ import os
 import pytest
 import torch
 
-from everlong import LanguageModel, ModelConfig
+from everlong import LanguageModel, ModelConfig, generate
 from everlong.config import from_dict, to_dict
 from everlong.mixers.base import Context
 from everlong.nn.layers import linear_cross_entropy
@@ -52,9 +52,13 @@ def test_it_is_a_llama():
     )
 
 
+LEARNED = pytest.mark.parametrize("learned_positions", [None, 30])
+
+
+@LEARNED
 @pytest.mark.parametrize("block", ["pre", "post", "parallel"])
-def test_prefix_and_rest_make_the_whole(block):
-    model = build(block=block)
+def test_prefix_and_rest_make_the_whole(block, learned_positions):
+    model = build(block=block, learned_positions=learned_positions)
     tokens = torch.randint(61, (2, 30))
     whole = model(tokens).logits
     left, state = model(tokens[:, :13])
@@ -62,8 +66,9 @@ def test_prefix_and_rest_make_the_whole(block):
     torch.testing.assert_close(torch.cat([left, right], 1), whole, atol=1e-9, rtol=1e-9)
 
 
-def test_padding_and_packing_give_what_single_rows_give():
-    model = build()
+@LEARNED
+def test_padding_and_packing_give_what_single_rows_give(learned_positions):
+    model = build(learned_positions=learned_positions)
     rows = [torch.randint(61, (1, length)) for length in (5, 9, 1)]
     padded, real = torch.zeros(3, 9, dtype=torch.long), torch.zeros(3, 9, dtype=torch.bool)
     for i, row in enumerate(rows):
@@ -79,11 +84,24 @@ def test_padding_and_packing_give_what_single_rows_give():
     torch.testing.assert_close(packed, torch.cat([model(row).logits for row in rows], 1), atol=1e-9, rtol=1e-9)
 
 
+def test_learned_positions_tell_places_apart_and_end():
+    model = build(layers=({"mixer": "attention", "position": "none"},), learned_positions=30)
+    tokens = torch.full((1, 30), 7)
+    logits, state = model(tokens)
+    assert (logits[0, 1:] - logits[0, :-1]).abs().amax(-1).min() > 1e-4
+    with pytest.raises(ValueError, match="has learned 30 positions, and reads no longer text: got 31 tokens"):
+        model(tokens[:, :1], state)
+    with pytest.raises(ValueError, match="got a prompt of 29 tokens, and 3 to follow"):
+        generate(model, tokens[:, :29], max_new_tokens=3)
+    assert generate(model, tokens[:, :29], max_new_tokens=2).shape == (1, 2)
+
+
+@LEARNED
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("block", ["pre", "post", "parallel"])
 @pytest.mark.parametrize("tie", [False, True])
-def test_cost_counts_every_parameter(bias, block, tie):
-    model = build(bias=bias, block=block, tie_embeddings=tie)
+def test_cost_counts_every_parameter(bias, block, tie, learned_positions):
+    model = build(bias=bias, block=block, tie_embeddings=tie, learned_positions=learned_positions)
     assert model.cost(10).parameters == sum(p.numel() for p in model.parameters())
     has = any(name.endswith("down.bias") for name, _ in model.named_parameters())
     assert has == bias
@@ -127,6 +145,7 @@ def test_config_survives_json():
         ({"layers": ({"mixer": "linear_attention", "position": "alibi"},)}, "It takes: none, rope"),
         ({"layers": ()}, "at least one mixer"),
         ({"width": 0}, "`width` must be at least 1"),
+        ({"learned_positions": 0}, "`learned_positions` must be at least 1"),
     ],
 )
 def test_what_cannot_work_is_refused_in_one_line(options, message):
