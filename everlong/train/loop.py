@@ -291,7 +291,7 @@ class _Trainer:
         budget = 60 * self.config.minutes
         if self.step < CALIBRATION and (self.seconds < 0.2 * budget or len(self.durations) < 3):
             return None
-        duration = median(list(self.durations)[1:])
+        duration = median(list(self.durations)[len(self.durations) // 2 :])  # the first ones also fetch memory
         speed = 1.5 * self.config.batch_tokens / duration  # of evaluation, at least: it has no backward pass
         held_out = self.held_out_text.num_tokens
         evaluation = min(self.config.evaluate_tokens, held_out) / speed
