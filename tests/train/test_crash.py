@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from everlong.data.tokenizer import Tokenizer
 from everlong.models import run as runs
 from everlong.train import checkpoint
 
@@ -95,7 +96,7 @@ def check_whole(folder, steps):
         assert values <= steps
         json.loads((folder / "generation_config.json").read_text())
     if (folder / "tokenizer.json").exists():
-        runs.load_tokenizer(folder)
+        Tokenizer.load(folder)
 
 
 @pytest.mark.parametrize("before", [pytest.param(None, marks=pytest.mark.slow), 4])

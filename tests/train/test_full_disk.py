@@ -4,7 +4,7 @@ import shutil
 import subprocess
 
 import pytest
-from training_runs import TINY, everlong
+from training_runs import TINY, everlong, tiny
 
 from everlong.train import checkpoint, log
 
@@ -44,8 +44,9 @@ def ends(*words):
 
 
 def test_a_checkpoint_that_does_not_fit_stops_it_and_making_room_is_enough(prepared, disk):
-    run, large = disk / "run", ("--width", "96", "--steps", "100", "--checkpoint-every", "2", "--keep", "100")
-    code, line = ends("train", "--data", prepared, "--out", run, *ANEW, *large)
+    run, large = disk / "run", tiny(width=96, steps=100, checkpoint_every=2, keep=100)
+    words = ("--mixer", "attention", "--schedule", "constant", *large)
+    code, line = ends("train", "--data", prepared, "--out", run, *words)
     assert code == 2
     found = checkpoint.latest(run / "training")
     assert found.checkpoint.step >= 2

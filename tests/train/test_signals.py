@@ -10,7 +10,13 @@ from training_runs import everlong, tiny
 from everlong.models import run as runs
 from everlong.train import checkpoint, compilation, log
 
-ENDLESS = ("--mixer", "attention", *tiny(steps=1_000_000, checkpoint_every=1_000_000))
+
+def endless(**changed):
+    """A training that only a signal ends."""
+    return ("--mixer", "attention", *tiny(**{"steps": 1_000_000, "checkpoint_every": 1_000_000, **changed}))
+
+
+ENDLESS = endless()
 CODES = {signal.SIGINT: 130, signal.SIGTERM: 143}
 
 
@@ -77,8 +83,8 @@ def test_while_preparing_nothing_is_left(data, tmp_path, command):
 @pytest.mark.parametrize("number", CODES)
 def test_while_evaluating_it_finishes_the_step(prepared, tmp_path, number):
     run = tmp_path / "run"
-    words = ("--evaluate-every", "1", "--evaluate-tokens", "100000", "--width", "128")
-    process = everlong("train", "--data", prepared, "--out", run, *ENDLESS, *words)
+    words = ("--evaluate-every", "1", "--evaluate-tokens", "100000", *endless(width=128))
+    process = everlong("train", "--data", prepared, "--out", run, *words)
     wait_until(process, lambda: steps_of(run) > 1)
     send(process, number)
     assert "go on with" in last_line(process, number)
@@ -90,7 +96,7 @@ def test_while_evaluating_it_finishes_the_step(prepared, tmp_path, number):
 @pytest.mark.parametrize("number", CODES)
 def test_a_second_one_ends_it_at_once(prepared, tmp_path, number):
     run = tmp_path / "run"
-    process = everlong("train", "--data", prepared, "--out", run, *ENDLESS, "--batch-tokens", "65536")
+    process = everlong("train", "--data", prepared, "--out", run, *endless(batch_tokens=65536))
     wait_until(process, lambda: steps_of(run) > 1)
     send(process, number)
     time.sleep(0.1)
@@ -104,7 +110,7 @@ def test_a_second_one_ends_it_at_once(prepared, tmp_path, number):
 @pytest.mark.parametrize("after", [0.5, 6.0])
 def test_while_compiling_it_ends_at_once(prepared, tmp_path, number, after):
     run = tmp_path / "run"
-    process = everlong("train", "--data", prepared, "--out", run, *ENDLESS, "--compile", "on")
+    process = everlong("train", "--data", prepared, "--out", run, *endless(compile="on"))
     for line in process.stderr:
         if "compiling" in line:
             break
