@@ -17,7 +17,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from everlong.config import config, divisible
-from everlong.mixers.base import Context, Cost, Mixer, Traits, default_heads, unpadded
+from everlong.mixers.base import Context, Cost, HeadOptions, Mixer, Traits, unpadded
 from everlong.nn import positions
 from everlong.nn.cache import append
 from everlong.nn.layers import HeadNorm
@@ -33,12 +33,9 @@ class State(NamedTuple):
 
 
 @config
-class Options:
+class Options(HeadOptions):
     """Options of softmax attention."""
 
-    width: int
-    num_heads: int | None = None
-    """Query heads; None: heads of about 64 channels."""
     num_kv_heads: int | None = None
     """Heads of keys and values, shared by groups of query heads; None: as many as query heads."""
     window: int | None = None
@@ -50,22 +47,14 @@ class Options:
     bias: bool = False
 
     def __post_init__(self) -> None:
-        divisible("width", self.width, "num_heads", self.heads)
+        super().__post_init__()
         divisible("num_heads", self.heads, "num_kv_heads", self.kv_heads)
         if self.window is not None and self.window < 1:
             raise ValueError(f"`window` must be at least 1 (the token itself): got {self.window}")
 
     @property
-    def heads(self) -> int:
-        return default_heads(self.width) if self.num_heads is None else self.num_heads
-
-    @property
     def kv_heads(self) -> int:
         return self.heads if self.num_kv_heads is None else self.num_kv_heads
-
-    @property
-    def head_size(self) -> int:
-        return self.width // self.heads
 
 
 class Attention(Mixer):
@@ -178,27 +167,39 @@ class Attention(Mixer):
 
     @classmethod
     def cost(cls, config: Options, length: int) -> Cost:
-        seen = length + 1 if config.window is None else min(length + 1, config.window)
+        window = length + 1 if config.window is None else min(length + 1, config.window)
+        if config.causal:
+            scores = 4 * config.width * window
+        else:  # the pairs at a distance below the window, one direction counted twice
+            pairs = length + 2 * sum(length - distance for distance in range(1, min(window, length)))
+            scores = 4 * config.width * pairs // max(1, length)
         kept = length if config.window is None else min(length, config.window - 1)
         keys = config.kv_heads * config.head_size
         weights = 2 * config.width * (config.width + keys)
         biases = 2 * (config.width + keys) if config.bias else 0
         norms = 2 * config.head_size if config.qk_norm else 0
         return Cost(
-            flops_per_token=2 * weights + 4 * config.width * seen,
+            flops_per_token=2 * weights + scores,
             state_bytes=8 * keys * kept + 8,
             parameters=weights + biases + norms,
         )
 
-    @staticmethod
-    def reference(q: Float[Tensor, "T K"], k: Float[Tensor, "T K"], v: Float[Tensor, "T V"]) -> Float[Tensor, "T V"]:
-        """The equation for one sequence and one head, one token after another, in float64."""
-        q, k, v = q.double(), k.double(), v.double()
+    def reference(self, x: Float[Tensor, "T D"]) -> Float[Tensor, "T D"]:
+        c, where = self.config, torch.arange(len(x))
+        q, k, v = (project(x).unflatten(-1, (-1, c.head_size)) for project in (self.q, self.k, self.v))
+        q = self.position.rotate(self.q_norm(q[None]), where[None])[0]
+        k = self.position.rotate(self.k_norm(k[None]), where[None])[0]
+        k, v = (y.repeat_interleave(c.heads // c.kv_heads, dim=1) for y in (k, v))
+        bias = self.position.score_bias(where, where)
         outputs = []
-        for t in range(len(q)):
-            weights = torch.exp(k[: t + 1] @ q[t] * q.shape[-1] ** -0.5)
-            outputs.append(weights @ v[: t + 1] / weights.sum())
-        return torch.stack(outputs)
+        for t in range(len(x)):
+            first = 0 if c.window is None else max(0, t + 1 - c.window)
+            last = t + 1 if c.causal else len(x) if c.window is None else t + c.window
+            scores = (k[first:last] * q[t]).sum(-1) * c.head_size**-0.5 + bias[:, t, first:last].T
+            weights = torch.exp(scores - scores.amax(0))
+            outputs.append((weights[..., None] * v[first:last]).sum(0) / weights.sum(0)[:, None])
+        y: Tensor = self.o(torch.stack(outputs).flatten(-2))
+        return y
 
 
 def unpack(x: Tensor, cu_seqlens: Int[Tensor, " N_plus_1"]) -> Tensor:

@@ -20,7 +20,7 @@ from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor, nn
 from torch.nn import functional
 
-from everlong.config import unknown
+from everlong.config import config, divisible, unknown
 
 State = Any  # a NamedTuple of tensors, each with the sequence on axis 0
 Growth = Literal["constant", "window", "linear"]
@@ -36,7 +36,8 @@ class Traits:
     growth: Growth  # of the state with the length: constant, up to a window, or linear
     positions: frozenset[str] = frozenset()  # the hooks of nn/positions.py that it offers
     trees: bool = False
-    owns_feed_forward: bool = False
+    owns_feed_forward: bool = False  # the whole residual branch: it reads the stream, norms it, and gives what is added
+    fft_forms: frozenset[str] = frozenset()  # forms that are causal up to the rounding of a transform, not bit for bit
 
 
 @dataclass(frozen=True)
@@ -143,7 +144,17 @@ class Mixer(nn.Module, ABC):
     @classmethod
     @abstractmethod
     def cost(cls, config: Any, length: int) -> Cost:
-        """Of one token in the recurrent form, `length` tokens into a sequence."""
+        """Of one token in the recurrent form, `length` tokens into a sequence.
+
+        Without causality there is no such form: a whole pass over `length` tokens is then divided by them.
+        """
+
+    def reference(self, x: Float[Tensor, "T D"]) -> Float[Tensor, "T D"]:
+        """What `forward` gives for one sequence, as the paper's equations: one token after another, in the dtype of x.
+
+        It takes this layer's parameters and no operator of `ops`, so that a comparison says something.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no reference")
 
     def new_state(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         """Zeros for a state, on this mixer's device; float64 where the weights are."""
@@ -151,6 +162,26 @@ class Mixer(nn.Module, ABC):
         if dtype == torch.float32 and weight.dtype == torch.float64:
             dtype = torch.float64
         return torch.zeros(*shape, dtype=dtype, device=weight.device)
+
+
+@config
+class HeadOptions:
+    """What the options of all mixers with heads of equal size begin with."""
+
+    width: int
+    num_heads: int | None = None
+    """None: heads of about 64 channels."""
+
+    def __post_init__(self) -> None:
+        divisible("width", self.width, "num_heads", self.heads)
+
+    @property
+    def heads(self) -> int:
+        return default_heads(self.width) if self.num_heads is None else self.num_heads
+
+    @property
+    def head_size(self) -> int:
+        return self.width // self.heads
 
 
 def names() -> list[str]:

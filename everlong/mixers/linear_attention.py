@@ -17,8 +17,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from everlong.config import config, divisible
-from everlong.mixers.base import Context, Cost, Mixer, Traits, default_heads, unpadded
+from everlong.config import config
+from everlong.mixers.base import Context, Cost, HeadOptions, Mixer, Traits, unpadded
 from everlong.nn import feature_maps, positions
 from everlong.ops import linear_attention
 
@@ -32,28 +32,17 @@ class State(NamedTuple):
 
 
 @config
-class Options:
+class Options(HeadOptions):
     """Options of linear attention."""
 
-    width: int
-    num_heads: int | None = None
-    """None: heads of about 64 channels."""
     feature_map: str = "elu"
     position: str = "none"
     causal: bool = True
     bias: bool = False
 
     def __post_init__(self) -> None:
-        divisible("width", self.width, "num_heads", self.heads)
+        super().__post_init__()
         feature_maps.load(self.feature_map)
-
-    @property
-    def heads(self) -> int:
-        return default_heads(self.width) if self.num_heads is None else self.num_heads
-
-    @property
-    def head_size(self) -> int:
-        return self.width // self.heads
 
 
 class LinearAttention(Mixer):
@@ -130,12 +119,21 @@ class LinearAttention(Mixer):
             parameters=4 * d * d + (4 * d if config.bias else 0),
         )
 
-    @staticmethod
-    def reference(q: Float[Tensor, "T K"], k: Float[Tensor, "T K"], v: Float[Tensor, "T V"]) -> Float[Tensor, "T V"]:
-        """Equations 18 to 20 for one sequence and one head in float64; q and k already carry the feature map."""
-        q, k, v = q.double(), k.double(), v.double()
-        memory, normalizer, outputs = q.new_zeros(q.shape[1], v.shape[1]), q.new_zeros(q.shape[1]), []
-        for q_t, k_t, v_t in zip(q, k, v, strict=True):
-            memory, normalizer = memory + torch.outer(k_t, v_t), normalizer + k_t
-            outputs.append(memory.T @ q_t / (normalizer @ q_t))
-        return torch.stack(outputs)
+    def reference(self, x: Float[Tensor, "T D"]) -> Float[Tensor, "T D"]:
+        where = torch.arange(len(x))[None]
+        q, k, v = (project(x).unflatten(-1, (self.config.heads, -1)) for project in (self.q, self.k, self.v))
+        q, k = self.feature_map(q), self.feature_map(k)
+        turned_q, turned_k = (self.position.rotate(y[None], where)[0] for y in (q, k))
+        memory, normalizer, outputs = v.new_zeros(*q.shape[1:], v.shape[-1]), torch.zeros_like(q[0]), []
+        if not self.config.causal:
+            memory, normalizer = (turned_k[..., None] * v[:, :, None]).sum(0), k.sum(0)
+        for t in range(len(x)):
+            if self.config.causal:
+                memory = memory + turned_k[t, :, :, None] * v[t, :, None]
+                normalizer = normalizer + k[t]
+            o = (turned_q[t, :, :, None] * memory).sum(1)
+            if self.config.feature_map != "identity":
+                o = o / (q[t] * normalizer).sum(-1, keepdim=True)
+            outputs.append(o)
+        y: Tensor = self.o(torch.stack(outputs).flatten(-2))
+        return y

@@ -4,7 +4,7 @@
     post        norm(x + mixer(x)),  then norm(x + feed_forward(x))          (Vaswani et al. 2017, arXiv 1706.03762)
     parallel    x + mixer(norm(x)) + feed_forward(norm(x))                   (Wang and Komatsuzaki 2021, GPT-J)
 
-A mixer that owns its feed-forward gets none beside it.
+A mixer that owns its feed-forward is the whole branch: it reads the stream and norms it itself, x + mixer(x).
 """
 
 import dataclasses
@@ -110,8 +110,9 @@ class Block(nn.Module):
         self.kind, self.mixer = config.block, mixer
         # After a residual sum the norm makes the stream itself, which stays in float32.
         norm = nn.RMSNorm if config.block == "post" else InputNorm
-        self.mixer_norm = norm(config.width, eps=config.norm_eps)
         self.feed_forward: SwiGLU | None = None
+        if has_mixer_norm(config, mixer):
+            self.mixer_norm = norm(config.width, eps=config.norm_eps)
         if not mixer.traits.owns_feed_forward:
             self.feed_forward = SwiGLU(config.width, config.hidden, bias=config.bias)
             if config.block != "parallel":
@@ -122,11 +123,11 @@ class Block(nn.Module):
                 nn.init.normal_(writer.weight, std=(2 * config.num_layers * writer.in_features) ** -0.5)
 
     def forward(self, x: Float[Tensor, "B T D"], state: Any, context: Context) -> tuple[Float[Tensor, "B T D"], Any]:
+        if self.feed_forward is None:
+            mixed, state = self.mixer(x, state, context)
+            return (self.mixer_norm(x + mixed) if self.kind == "post" else x + mixed), state
         y = x if self.kind == "post" else self.mixer_norm(x)
         mixed, state = self.mixer(y, state, context)
-        if self.feed_forward is None:
-            x = x + mixed
-            return (self.mixer_norm(x) if self.kind == "post" else x), state
         if self.kind == "parallel":
             return x + mixed + self.feed_forward(y), state
         if self.kind == "post":
@@ -134,6 +135,11 @@ class Block(nn.Module):
             return self.feed_forward_norm(x + self.feed_forward(x)), state
         x = x + mixed
         return x + self.feed_forward(self.feed_forward_norm(x)), state
+
+
+def has_mixer_norm(config: ModelConfig, mixer: Mixer | type[Mixer]) -> bool:
+    """Whether a block has a norm of its own beside this mixer: after the sum, or before a mixer that has none."""
+    return config.block == "post" or not mixer.traits.owns_feed_forward
 
 
 class LanguageModel(nn.Module):
@@ -224,7 +230,7 @@ class LanguageModel(nn.Module):
         for mixer, options in c.pattern():
             cost = mixer.cost(options, length)
             flops, state = flops + cost.flops_per_token, state + cost.state_bytes
-            parameters += cost.parameters + c.width
+            parameters += cost.parameters + (c.width if has_mixer_norm(c, mixer) else 0)
             if not mixer.traits.owns_feed_forward:
                 weights = 3 * c.width * c.hidden
                 flops += 2 * weights

@@ -1,0 +1,80 @@
+"""How far each mixer is from somebody else's implementation of it: outputs and gradients on the same weights.
+
+What a mixer is compared with stands in `oracles/NAME.py`: whose it is, as `ORACLE`, and `comparisons()`.
+"""
+
+import importlib
+import pkgutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from everlong import mixers
+from everlong.config import from_dict
+from everlong.lab.bench import oracles
+from everlong.lab.bench.errors import relative
+
+BOUND = 2e-5  # of float32 against float32
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Two functions of the same input that should give the same."""
+
+    case: str
+    ours: Callable[[Tensor], Tensor]
+    theirs: Callable[[Tensor], Tensor]
+    x: Tensor
+    bound: float = BOUND
+
+    def errors(self) -> dict[str, float]:
+        """The largest error of the output and of the input's gradient, relative to the largest value."""
+        found = []
+        for run in (self.ours, self.theirs):
+            x = self.x.clone().requires_grad_()
+            y = run(x)
+            weight = torch.linspace(-1, 1, y.numel(), dtype=y.dtype).view_as(y)
+            gradient = torch.autograd.grad((y * weight).sum() + y.square().sum(), x)[0]
+            found.append({"output": y.detach(), "gradient": gradient})
+        ours, theirs = found
+        assert all(ours[name].shape == value.shape for name, value in theirs.items())
+        return {name: relative(ours[name], value) for name, value in theirs.items()}
+
+
+def make(name: str, **options: object) -> Any:
+    """A mixer with these options, its parameters moved away from 0 and 1, where a wrong one could hide."""
+    mixer = mixers.load(name)
+    made = mixer(from_dict(mixer.Config, options))
+    with torch.no_grad():
+        for parameter in made.parameters():
+            parameter += 0.05 * torch.randn_like(parameter)
+    return made
+
+
+def names() -> list[str]:
+    """The mixers that have an oracle."""
+    return sorted(module.name for module in pkgutil.iter_modules(oracles.__path__))
+
+
+def oracle(name: str) -> str:
+    """Whose implementation a mixer is compared with."""
+    label: str = importlib.import_module(f"everlong.lab.bench.oracles.{name}").ORACLE
+    return label
+
+
+def compare(name: str) -> Iterator[tuple[Comparison, dict[str, float]]]:
+    """Each comparison of a mixer and its errors.
+
+    Raises:
+        ValueError: a package that holds the oracle is not installed.
+    """
+    module = importlib.import_module(f"everlong.lab.bench.oracles.{name}")
+    torch.manual_seed(0)
+    try:
+        for comparison in module.comparisons():
+            yield comparison, comparison.errors()
+    except ModuleNotFoundError as error:
+        raise ValueError(f"{error.name} is not installed: the README's `make test` installs it") from None
