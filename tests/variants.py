@@ -15,7 +15,17 @@ VARIANTS = {
     "linear_attention": [
         {"num_heads": 2, "position": "rope"},
         {"num_heads": 3, "feature_map": "identity"},
+        {"num_heads": 3, "feature_map": "squared_relu", "feature_size": 5},
+        {"num_heads": 2, "feature_map": "relu"},
+        {"num_heads": 2, "feature_map": "exp"},
+        {"num_heads": 3, "feature_map": "taylor", "feature_size": 4, "position": "rope"},
+        {"num_heads": 6, "feature_map": "quadratic", "bias": True},
+        {"num_heads": 2, "feature_map": "cosine"},
+        {"num_heads": 4, "feature_map": "cosformer", "max_length": 40_000},
         {"num_heads": 3, "causal": False},
+        {"num_heads": 3, "causal": False, "feature_map": "softmax"},
+        {"num_heads": 3, "causal": False, "feature_map": "exp"},
+        {"num_heads": 2, "causal": False, "feature_map": "cosformer", "max_length": 40_000},
     ],
     "gated_deltanet": [
         {"num_heads": 4, "num_key_heads": 2, "key_size": 5, "value_expansion": 2.0, "eigenvalues": "both"},
