@@ -27,6 +27,13 @@ VARIANTS = {
         {"num_heads": 3, "causal": False, "feature_map": "exp"},
         {"num_heads": 2, "causal": False, "feature_map": "cosformer", "max_length": 40_000},
     ],
+    "performer": [
+        {"num_heads": 3, "features": "hyperbolic", "num_features": 7, "position": "rope", "bias": True},
+        {"num_heads": 2, "features": "relu", "draw": "regularized"},
+        {"num_heads": 6, "num_features": 20, "draw": "independent"},
+        {"num_heads": 2, "num_features": 11, "causal": False},
+        {"num_heads": 2, "features": "relu", "num_features": 11, "causal": False},
+    ],
     "gated_deltanet": [
         {"num_heads": 4, "num_key_heads": 2, "key_size": 5, "value_expansion": 2.0, "eigenvalues": "both"},
         {"num_heads": 3, "kernel": 1},
