@@ -2,6 +2,8 @@
 # On a machine without an NVIDIA GPU take PyTorch's CPU build, which is ten times smaller:
 #   make demo TORCH_INDEX=https://download.pytorch.org/whl/cpu
 
+# What the mixers are measured on: tiny Shakespeare where it is there.
+TEXT ?= $(firstword $(wildcard $(EVERLONG_TEST_DATA)/text/tinyshakespeare.txt ../shared/data/text/tinyshakespeare.txt) python-stdlib)
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 PIP := .venv/bin/pip --disable-pip-version-check --quiet
 BIN := .venv/bin
@@ -29,6 +31,7 @@ fmt: .venv/dev.stamp
 
 bench: .venv/dev.stamp
 	$(BIN)/everlong bench ops --store
+	$(BIN)/everlong bench mixers --data $(TEXT) --store
 	$(BIN)/everlong bench train --store
 	$(BIN)/everlong bench decode --store
 

@@ -1,4 +1,4 @@
-"""Measures the operators, training or decoding on this machine."""
+"""Measures the operators, the mixers, training or decoding on this machine."""
 
 import importlib
 from collections.abc import Iterator
@@ -15,15 +15,18 @@ from everlong.lab.bench.result import Row
 
 @config
 class Arguments:
-    """Measures the operators, training or decoding on this machine.
+    """Measures the operators, the mixers, training or decoding on this machine.
 
     Example: everlong bench decode --only gated_deltanet
     """
 
-    suite: Positional[Literal["ops", "train", "decode"]]
+    suite: Positional[Literal["ops", "mixers", "train", "decode"]]
     """What to measure."""
     only: str | None = None
     """Run only the rows whose measure contains this text."""
+    data: str | None = None
+    """What `mixers` are trained on, byte by byte: a file, or anything else that `everlong prepare` takes; by default
+    python-stdlib."""
     store: bool = False
     """Write the result under benchmarks/results/ of the current folder."""
 
@@ -31,7 +34,10 @@ class Arguments:
 def run(arguments: Arguments) -> dict[str, object]:
     """Shows each row as it comes, and returns them with the machine."""
     module = importlib.import_module(f"everlong.lab.bench.{arguments.suite}")
-    made: Iterator[Row] = module.rows(arguments.only)
+    if arguments.data is not None and arguments.suite != "mixers":
+        raise ValueError(f"--data is what `mixers` are trained on: leave it out of `bench {arguments.suite}`")
+    text = {} if arguments.data is None else {"text": arguments.data}
+    made: Iterator[Row] = module.rows(arguments.only, **text)
     rows = []
     with console.progress(f"bench {arguments.suite}") as report:
         for row in made:

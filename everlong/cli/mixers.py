@@ -1,4 +1,4 @@
-"""Lists the mixers: what each is, which forms it has, how its state grows."""
+"""Lists the mixers: what each is, which forms it has, how its state grows, how exact it is."""
 
 import importlib
 import inspect
@@ -7,6 +7,8 @@ from typing import Any
 from everlong import mixers
 from everlong.cli import console
 from everlong.config import config
+from everlong.lab.bench import comparison
+from everlong.lab.bench.result import stored
 from everlong.ops.dispatch import FORMS
 
 GROWTH = {"constant": "constant", "window": "up to a window", "linear": "with the length"}
@@ -14,8 +16,10 @@ GROWTH = {"constant": "constant", "window": "up to a window", "linear": "with th
 
 @config
 class Arguments:
-    """Lists the mixers: what each is, which forms it has, how its state grows.
+    """Lists the mixers: what each is, which forms it has, how its state grows, how exact it is.
 
+    The error is the largest one against somebody else's implementation, relative to the largest value, over outputs and
+    gradients; `everlong bench mixers --only error` measures it again.
     Example: everlong mixers
     A mixer of your own is named as "package.module:Class" wherever a mixer's name is asked for.
     """
@@ -27,7 +31,7 @@ def run(arguments: Arguments) -> dict[str, object]:
     console.fields({mixer["name"]: mixer["summary"] for mixer in found})
     print()
     console.table(
-        ["mixer", "forms", "direction", "state grows", "positions"],
+        ["mixer", "forms", "direction", "state grows", "positions", "error"],
         [
             (
                 mixer["name"],
@@ -35,6 +39,7 @@ def run(arguments: Arguments) -> dict[str, object]:
                 ", ".join(mixer["directions"]),
                 GROWTH[mixer["growth"]],
                 ", ".join(mixer["positions"]) or "-",
+                "-" if mixer["largest_relative_error"] is None else f"{mixer['largest_relative_error']:.0e}",
             )
             for mixer in found
         ],
@@ -49,6 +54,7 @@ def describe(name: str) -> dict[str, Any]:
     mixer = mixers.load(name)
     traits = mixer.traits
     header = inspect.getdoc(importlib.import_module(mixer.__module__)) or ""
+    oracle, error = compared(name)
     return {
         "name": name,
         "summary": " ".join(header.partition("\n\n")[0].split()),
@@ -58,4 +64,15 @@ def describe(name: str) -> dict[str, Any]:
         "positions": sorted(traits.positions),
         "trees": traits.trees,
         "owns_feed_forward": traits.owns_feed_forward,
+        "oracle": oracle,
+        "largest_relative_error": error,
     }
+
+
+def compared(name: str) -> tuple[str | None, float | None]:
+    """Whose implementation a mixer was compared with, and the largest error that was found; None where it was not."""
+    result = stored("mixers")
+    for row in result["rows"] if result is not None else ():
+        if row["measure"] == comparison.measure(name):
+            return row["peer"], row["value"]
+    return None, None

@@ -91,6 +91,8 @@ def unpadded(forward: Callable[..., tuple[Tensor, State]]) -> Callable[..., tupl
     @functools.wraps(forward)
     def wrapped(self: Any, x: Tensor, state: State | None = None, context: Context = Context()) -> tuple[Tensor, State]:
         real = context.padding
+        if isinstance(self, Mixer) and context.form not in {"auto", *self.traits.forms}:
+            raise unknown(f"form of `{name_of(type(self))}`", context.form, {"auto", *self.traits.forms})
         if real is None:
             return forward(self, x, state, context)
         if real.shape != x.shape[:2]:

@@ -28,7 +28,7 @@ COMMANDS = {
     "doctor --fix": "unknown option `--fix`",
     "mixers --json=1": "`--json` takes no value: got `1`",
     "bench": "needs `SUITE`",
-    "bench opps": "`SUITE` must be one of ops, train, decode: got `opps`. Nearest: `ops`",
+    "bench opps": "`SUITE` must be one of ops, mixers, train, decode: got `opps`. Nearest: `ops`",
     "bench ''": "`SUITE` must not be empty",
     "bench ops decode": "nothing takes the word `decode`",
     "bench ops --only": "`--only` needs a value",

@@ -305,6 +305,28 @@ def test_cost_is_what_it_says(name, options):
         assert cost.flops_per_token == counter.flops // (1 if causal else length), length
 
 
+@causal_cases
+def test_the_state_grows_as_declared(name, options):
+    """By `cost`, of which the law above says that it is true."""
+    mixer = mixers.load(name)
+    config = from_dict(mixer.Config, {"width": WIDTH, **options})
+    sizes = [mixer.cost(config, length).state_bytes for length in (0, 1, 1_000, 100_000, 200_000)]
+    growth = mixer.traits.growth
+    assert growth != "constant" or len(set(sizes)) == 1
+    assert growth != "window" or sizes[-1] == sizes[-2]
+    assert growth != "linear" or options or sizes == sorted(set(sizes))
+
+
+@cases
+def test_a_form_that_is_not_there_is_refused(name, options):
+    mixer = build(name, options)
+    with pytest.raises(ValueError, match="unknown form of `.*There is: .*auto"):
+        mixer(inputs(1, 2), None, Context(form="sideways"))
+    for form in {"parallel", "chunk", "recurrent"} - mixer.traits.forms:
+        with pytest.raises(ValueError, match=f"unknown form of `{name}` `{form}`"):
+            mixer(inputs(1, 2), None, Context(form=form))
+
+
 @cases
 def test_configs_and_weights_survive_a_round_trip(name, options):
     mixer = build(name, options)

@@ -65,6 +65,11 @@ def oracle(name: str) -> str:
     return label
 
 
+def measure(name: str) -> str:
+    """What the largest error of a mixer is called in a result."""
+    return f"largest relative error, {name}"
+
+
 def compare(name: str) -> Iterator[tuple[Comparison, dict[str, float]]]:
     """Each comparison of a mixer and its errors.
 

@@ -71,6 +71,16 @@ def store(suite: str, rows: Sequence[Row], folder: Path) -> Path:
     return path
 
 
+def stored(suite: str) -> dict[str, Any] | None:
+    """The result of a suite that came with everlong: in its checkout, or in what was installed; None without one."""
+    package = Path(everlong.__file__).parent
+    for folder in (package.parent / "benchmarks" / "results", package / "lab" / "bench" / "results"):
+        if (path := folder / f"{suite}.json").is_file():
+            found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+            return found
+    return None
+
+
 def wanted(measures: Iterable[str], only: str | None) -> list[str]:
     """The measures whose name contains `only`; ValueError where none does."""
     listed = list(measures)
