@@ -42,4 +42,13 @@ VARIANTS = {
         {"num_heads": 4, "num_groups": 2, "state_size": 7},
         {"num_heads": 3, "kernel": 2},
     ],
+    "transnormer": [
+        {"num_heads": 2, "position": "rope", "bias": True},
+        {"num_heads": 3, "kind": "norm", "causal": False},
+        {"num_heads": 2, "kind": "diag", "block_size": 8, "position": "rope"},
+        {"num_heads": 3, "kind": "diag", "variant": "T1", "block_size": 5, "bias": True},
+        {"num_heads": 3, "kind": "diag"},
+        {"num_heads": 3, "kind": "diag", "block_size": 9, "causal": False},
+        {"num_heads": 3, "kind": "diag", "variant": "T1", "causal": False},
+    ],
 }

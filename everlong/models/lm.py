@@ -227,8 +227,8 @@ class LanguageModel(nn.Module):
         parameters += 0 if c.tie_embeddings else c.vocab_size * c.width
         if c.learned_positions is not None:
             parameters, state = parameters + c.learned_positions * c.width, state + 8
-        for mixer, options in c.pattern():
-            cost = mixer.cost(options, length)
+        for mixer in (block.mixer for block in cast(Iterable[Block], self.blocks)):
+            cost = mixer.cost(mixer.config, length)  # its own options: they may depend on the layer's place
             flops, state = flops + cost.flops_per_token, state + cost.state_bytes
             parameters += cost.parameters + (c.width if has_mixer_norm(c, mixer) else 0)
             if not mixer.traits.owns_feed_forward:

@@ -44,7 +44,7 @@ class FeatureMap:
     logarithmic: ClassVar[bool] = False  # what is returned are the features' logarithms
     rotation: ClassVar[Place] = "after"  # of the map: where positions may turn queries and keys
 
-    def __init__(self, channels: int, max_length: int) -> None:
+    def __init__(self, channels: int, max_length: int = 0) -> None:
         self.channels, self.max_length = channels, max_length
 
     @property
