@@ -143,7 +143,7 @@ class LinearAttention(Mixer):
                 q, k, v, past, causal=self.config.causal, cu_seqlens=context.cu_seqlens, form=context.form
             )
         ones = v.new_ones(*v.shape[:-1], past.normalizer.shape[-1])
-        sizes = v.shape[-1], ones.shape[-1]
+        sizes = [v.shape[-1], ones.shape[-1]]
         if self.feature_map.rotation == "after" and self.position.hooks:
             turned_q, turned_k = self.position.rotate(q, where), self.position.rotate(k, where)
             o, memory = self._sum(turned_q, turned_k, v, past.memory, context)
@@ -153,7 +153,7 @@ class LinearAttention(Mixer):
         else:  # numerator and denominator have the same weights: the latter is the sum of one more value, always 1
             both = torch.cat([past.memory, past.normalizer], -1)
             sums, both = self._sum(q, k, torch.cat([v, ones], -1), both, context)
-            (o, weight), (memory, normalizer) = sums.split(sizes, -1), both.split(sizes, -1)
+            (o, weight), (memory, normalizer) = (torch.split(y, sizes, -1) for y in (sums, both))
         if self.feature_map.normalized:
             none = weight.abs() < torch.finfo(weight.dtype).tiny ** 0.75  # no key has a weight
             o = torch.where(none, 0.0, o / weight.masked_fill(none, 1.0))

@@ -11,10 +11,11 @@ State     S [B, H, F, K], z [B, H, F, 1], the largest exponents [B, H, F] and tw
 Cost      FLOPs a token: 8 D^2 for the projections + 4 H K m for the features + 4 H F (K + 1) for the memory
 Source    Choromanski et al. 2020, "Rethinking Attention with Performers", arXiv 2009.14794: FAVOR+, its hyperbolic
           features and its generalised attention with relu
-Deviates  nothing is added to the features (the released code adds 1e-4 after the exponential), and the stabiliser of the
-          keys is not their maximum over the whole text, by which the future would show in the past. It is each
+Deviates  nothing is added to the features (the released code adds 1e-4 after the exponential), and the stabiliser of
+          the keys is not their maximum over the whole text, by which the future would show in the past. It is each
           feature's maximum so far (nn/exponentials.py), under which all sums are exact: they need no added constant,
-          are never zero, and are causal bit for bit. Rows are drawn with Haar's measure (nn/random_features.py)
+          are never zero, and are causal bit for bit. Rows are drawn with Haar's measure (nn/random_features.py).
+          Trigonometric features are left out: their averages have no bound
 """
 
 import math
@@ -113,7 +114,9 @@ class Performer(Mixer):
             ValueError: the layer is in eval mode, in which what it computes must not change.
         """
         if not self.training:
-            raise ValueError("random features are redrawn while training only: this layer is in eval mode. Call train()")
+            raise ValueError(
+                "random features are redrawn while training only, and this layer is in eval mode: call train()"
+            )
         c = self.config
         self.rows.copy_(random_features.draw_rows(c.rows, c.head_size, draw=c.draw, generator=generator))
         self.draw += 1

@@ -85,7 +85,7 @@ class TransNormer(Mixer):
 
     def __init__(self, config: Options, *, layer: int = 0, depth: int = 1) -> None:
         if config.kind == "auto":
-            config = dataclasses.replace(config, kind="diag" if layer < depth // 2 else "norm")  # type: ignore[type-var]
+            config = dataclasses.replace(config, kind="diag" if layer < depth // 2 else "norm")
         super().__init__(config, layer=layer, depth=depth)
         self.q, self.k, self.v, self.o = (nn.Linear(config.width, config.width, bias=config.bias) for _ in range(4))
         self.norm = InputNorm(config.width, eps=EPS) if config.norms else nn.Identity()
@@ -209,7 +209,7 @@ class TransNormer(Mixer):
             empty = x.new_zeros(total * size, *x.shape[1:])
             if past is not None:
                 empty = empty.index_copy(0, held.flatten(), past.flatten(0, 1).to(x.dtype))
-            return empty.index_copy(0, slot, x).unflatten(0, (total, size))
+            return torch.unflatten(empty.index_copy(0, slot, x), 0, (total, size))
 
         rows, keys, values = blocks(q, None), blocks(k, state.keys), blocks(v, state.values)
         mask = None

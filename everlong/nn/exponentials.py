@@ -2,11 +2,11 @@
 
     o_i = sum_j w_ij v_j / sum_j w_ij            w_ij = sum_f exp(q_if + k_jf)           over the j that i may see
 
-Every feature f keeps the largest exponent that it has met, m_f, and holds its sums over exp(k_jf - m_f). Where m_f rises
-they fade by exp(m_before - m_after), a decay of linear attention; a query reads exp(q_if + m_f), over its largest. So no
-exponent is positive, the feature that decides a query's weights has a sum of at least 1, and what a token gets does not
-depend on any later one, not even in its rounding. One maximum for all tokens would do that; one for all features would
-lose those that are weak in the keys and strong in a query.
+Every feature f keeps the largest exponent that it has met, m_f, and holds its sums over exp(k_jf - m_f). Where m_f
+rises they fade by exp(m_before - m_after), a decay of linear attention; a query reads exp(q_if + m_f), over the largest
+of these. So no exponent is positive, the feature that decides a query's weights has a sum of at least 1, and what a
+token gets does not depend on any later one, not even in its rounding. One maximum for a whole text would let it; one
+for all features would lose those that are weak in the keys and strong in a query.
 """
 
 from typing import NamedTuple
@@ -42,7 +42,7 @@ def average(
     cu_seqlens: Int[Tensor, " N_plus_1"] | None,
     form: str,
 ) -> tuple[Float[Tensor, "B T H V"], Sums]:
-    """The averages, and the sums after the last token. `q` and `k` are exponents; without `causal`, `past` is not read."""
+    """The averages and the sums after the last token, of exponents `q` and `k`; only if `causal` is `past` read."""
     q, k = exact(q), exact(k)
     start = past.maximum.to(k.dtype)
     if not causal:
@@ -79,7 +79,7 @@ def running_maximum(
     if cu_seqlens is None:
         largest = _prefixes(torch.cat([start[:, None], x], 1))
         return largest[:, 1:], largest[:, :-1], largest[:, -1]
-    parts = x[0].split(cu_seqlens.diff().tolist())
+    parts = torch.split(x[0], cu_seqlens.diff().tolist())
     found = [_prefixes(torch.cat([s[None], part])[None])[0] for s, part in zip(start, parts, strict=True)]
     if not found:
         return x, x, start

@@ -58,9 +58,7 @@ class FeatureMap:
         """The features of queries or keys at these positions, in float32 at least."""
         return exact(x)
 
-    def similarity(
-        self, q: Float[Tensor, "H K"], k: Float[Tensor, "H K"], distance: int = 0
-    ) -> Float[Tensor, " H"]:
+    def similarity(self, q: Float[Tensor, "H K"], k: Float[Tensor, "H K"], distance: int = 0) -> Float[Tensor, " H"]:
         """The weight that a query gives to a key so many positions away, as the paper writes it."""
         return (self(q) * self(k)).sum(-1)
 
@@ -125,7 +123,7 @@ class Softmax(FeatureMap):
         """Each channel's softmax over the tokens of its sequence."""
         if cu_seqlens is None:
             return exact(k).softmax(1)
-        return torch.cat([part.softmax(1) for part in exact(k).split(cu_seqlens.diff().tolist(), dim=1)], dim=1)
+        return torch.cat([part.softmax(1) for part in torch.split(exact(k), cu_seqlens.diff().tolist(), dim=1)], dim=1)
 
 
 class Taylor(FeatureMap):
@@ -142,7 +140,7 @@ class Taylor(FeatureMap):
         return torch.cat([torch.ones_like(x[..., :1]), x, products(x) * 0.5**0.5], -1)
 
     def similarity(self, q: Tensor, k: Tensor, distance: int = 0) -> Tensor:
-        score = (q * k).sum(-1) * self.channels**-0.5
+        score = (q * k).sum(-1) / math.sqrt(self.channels)
         return 1 + score + score.square() / 2
 
 
@@ -159,7 +157,7 @@ class Quadratic(FeatureMap):
         return products(exact(x) * self.channels**-0.25)
 
     def similarity(self, q: Tensor, k: Tensor, distance: int = 0) -> Tensor:
-        return ((q * k).sum(-1) * self.channels**-0.5).square()
+        return (q * k).sum(-1).square() / self.channels
 
 
 class Cosine(FeatureMap):

@@ -29,8 +29,8 @@ def draw_rows(
     """Rows for random features, in float64.
 
     Args:
-        draw: "orthogonal": rows of random orthogonal matrices, `size` of them from each, as long as normal vectors are:
-            every row is a normal vector, and no two of an orthogonal matrix repeat each other; "regularized": all of the
+        draw: "orthogonal": rows of random orthogonal matrices, `size` of them from each, as long as normal vectors
+            are: each row is a normal vector, and no two of a matrix repeat each other; "regularized": all of the
             length sqrt(size), which is a little off in the mean (SMREG); "independent": normal numbers.
     """
     normal = torch.randn(count, size, dtype=torch.float64, generator=generator)
@@ -41,13 +41,12 @@ def draw_rows(
         q, r = torch.linalg.qr(torch.randn(size, size, dtype=torch.float64, generator=generator))
         blocks.append(q * r.diagonal().sign())
     directions = torch.cat([normal[:0], *blocks])[:count]
-    if draw == "regularized":
-        return directions * size**0.5
-    return directions * normal.norm(dim=-1, keepdim=True)
+    lengths = normal.norm(dim=-1, keepdim=True)
+    return directions * (torch.full_like(lengths, size**0.5) if draw == "regularized" else lengths)
 
 
 def scores(x: Float[Tensor, "*B K"], rows: Float[Tensor, "m K"], kind: Kind) -> Float[Tensor, "*B F"]:
-    """The exponents of features of one token, up to what they share: enough where that cancels, as it does of a query."""
+    """The logarithms of features up to what those of a token share: enough for a query, of which that cancels."""
     score = x @ rows.T
     return torch.cat([score, -score], -1) if kind == "hyperbolic" else score
 
