@@ -152,7 +152,7 @@ class Performer(Mixer):
             o, sums = exponentials.average(
                 q, k, v, past, causal=c.causal, cu_seqlens=context.cu_seqlens, form=context.form
             )
-        return self.o(o.flatten(-2)), State(*sums, self.draw.expand_as(state.draw), state.length + context.lengths(x))
+        return self.o(o.flatten(-2)), State(*sums, self.draw.repeat(len(state.draw)), state.length + context.lengths(x))
 
     def _relu(
         self, q: Tensor, k: Tensor, v: Tensor, past: exponentials.Sums, context: Context
