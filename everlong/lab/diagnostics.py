@@ -131,13 +131,15 @@ def attention_map(mixer: Mixer, x: Float[Tensor, "T D"]) -> Float[Tensor, "H T T
     if isinstance(mixer, Attention):
         if c.window is not None:
             seen = seen & ((token[:, None] - token).abs() < c.window)
-        q, k = mixer.q_norm(q), mixer.k_norm(k).repeat_interleave(c.heads // c.kv_heads, 1)
+        q, k = mixer.q_norm(q[None])[0], mixer.k_norm(k[None])[0]
+        k = k.repeat_interleave(c.heads // c.kv_heads, 1)
     elif not diag:
         q, k = (mixer.feature_map(y, token) for y in (q, k))
         if mixer.feature_map.logarithmic:
             q, k = (q - q.amax(-1, keepdim=True)).exp(), (k - k.amax()).exp()
     scores = torch.einsum("thk,shk->hts", q, k)
     if isinstance(mixer, Attention) or (diag and c.variant == "T2"):
-        return (scores * size**-0.5).masked_fill(~seen, -torch.inf).softmax(-1)
+        weights: Tensor = (scores / size**0.5).masked_fill(~seen, -torch.inf).softmax(-1)
+        return weights
     weights = scores.relu() * seen
     return weights / weights.sum(-1, keepdim=True).clamp_min(torch.finfo(weights.dtype).tiny)
