@@ -109,13 +109,17 @@ class TransNormer(Mixer):
         self, x: Float[Tensor, "B T D"], state: State | None = None, context: Context = Context()
     ) -> tuple[Float[Tensor, "B T D"], State]:
         c = self.config
-        state = self.init_state(context.sequences(x)) if state is None or not c.causal else state
+        fresh = state is None or not c.causal
+        state = self.init_state(context.sequences(x)) if state is None or fresh else state
         where = context.count_from(state.length, x)
         q, k, v = (project(x).unflatten(-1, (c.heads, -1)) for project in (self.q, self.k, self.v))
         if c.kind == "norm":
             q, k = self.feature_map(q), self.feature_map(k)
         q, k = (self.position.rotate(y, where).to(v.dtype) for y in (q, k))
-        o, state = self._norm(q, k, v, state, context) if c.kind == "norm" else self._diag(q, k, v, state, context)
+        if c.kind == "norm":
+            o, state = self._norm(q, k, v, state, context)
+        else:
+            o, state = self._diag(q, k, v, state, context, fresh=fresh)
         return self.o(self.norm(o.flatten(-2))), state._replace(length=state.length + context.lengths(x))
 
     def _norm(
@@ -135,12 +139,12 @@ class TransNormer(Mixer):
         return o, state._replace(memory=memory)
 
     def _diag(
-        self, q: Tensor, k: Tensor, v: Tensor, state: State, context: Context
+        self, q: Tensor, k: Tensor, v: Tensor, state: State, context: Context, *, fresh: bool
     ) -> tuple[Float[Tensor, "B T H K"], State]:
-        place = state.length % self.config.block_size
-        if context.cu_seqlens is None and self.config.causal and q.shape[1] == 1:
+        place, packed = state.length % self.config.block_size, context.cu_seqlens is not None
+        if not packed and not fresh and q.shape[1] == 1:
             return self._diag_step(q, k, v, state, place, context.form)
-        if context.cu_seqlens is None and not bool(place.any()):
+        if not packed and (fresh or not bool(place.any())):
             return self._diag_aligned(q, k, v, state, context.form)
         rows = [y.flatten(0, 1) for y in (q, k, v)]
         o, state = self._diag_ragged(*rows, state=state, place=place, lengths=context.lengths(q), form=context.form)
