@@ -171,7 +171,7 @@ def pictures(runs: dict[str, Run], ratios: Tensor) -> dict[str, str]:
             "Three models that differ in their attention, while they learn",
             [
                 Panel("log10 of the gradient's norm, q and k", {n: smoothed(p) for n, p in norms.items()}, faint=norms),
-                Panel("loss, nats per byte", {name: smoothed(line) for name, line in losses.items()}, faint=losses),
+                Panel("loss, nats per byte", {name: smoothed(line) for name, line in losses.items()}),
             ],
             x_label="updates",
         ),
