@@ -36,7 +36,7 @@ class Options(HeadOptions):
     """Options of linear attention."""
 
     feature_map: str = "elu"
-    position: str = "none"
+    position: positions.Position = "none"
     causal: bool = True
     bias: bool = False
 
