@@ -113,8 +113,9 @@ class Attention(Mixer):
         if past is None:
             o = self._attend(q, k, v, where, where, context, counted=context.positions is None)
             if context.cu_seqlens is not None:
-                k, v = unpack(k, context.cu_seqlens), unpack(v, context.cu_seqlens)
-            state = State(self._recent(k), self._recent(v), self._remembered(where, k, context), context.lengths(x))
+                k, v, where = (unpack(t, context.cu_seqlens) for t in (k, v, where))
+            places = where.expand(len(k), -1) if self._places else where.new_zeros(len(k), 0)
+            state = self._state(k, v, places, context.lengths(x))
         elif context.cu_seqlens is None:
             o, state = self._continue(q, k, v, where.expand(len(q), -1), past, context)
         else:
@@ -134,11 +135,11 @@ class Attention(Mixer):
         """Whether the positions of keys are asked for when they are read."""
         return bool(self.position.hooks & positions.READING)
 
-    def _queries(self, x: Float[Tensor, "*B D"]) -> Float[Tensor, "*B H K"]:
+    def _queries(self, x: Float[Tensor, "B T D"]) -> Float[Tensor, "B T H K"]:
         q: Tensor = self.q_norm(self.q(x).unflatten(-1, (-1, self.config.head_size)))
         return q
 
-    def _keys(self, x: Float[Tensor, "*B D"]) -> Float[Tensor, "*B G K"]:
+    def _keys(self, x: Float[Tensor, "B T D"]) -> Float[Tensor, "B T G K"]:
         k: Tensor = self.k_norm(self.k(x).unflatten(-1, (-1, self.config.head_size)))
         return k
 
@@ -153,8 +154,7 @@ class Attention(Mixer):
             column = torch.arange(keys.shape[1], device=q.device)
             real = column >= past.keys.shape[1] - past.length[:, None]
         o = self._attend(q, keys, values, where, places, context, real=real)
-        recent = (self._recent(cache) for cache in (keys, values, places))
-        return o, State(*recent, past.length + q.shape[1])
+        return o, self._state(keys, values, places, past.length + q.shape[1])
 
     def _continue_ragged(
         self, q: Tensor, k: Tensor, v: Tensor, where: Tensor, *, past: State, lengths: Tensor, context: Context
@@ -175,8 +175,7 @@ class Attention(Mixer):
         o = self._attend(q, keys, values, where, places, context, real=real.gather(1, order))
         longest = int((kept + lengths).max()) if len(lengths) else 0
         gap = keys.shape[1] - longest
-        recent = (self._recent(cache) for cache in (keys[:, gap:], values[:, gap:], places[:, gap:]))
-        return o, State(*recent, past.length + lengths)
+        return o, self._state(keys[:, gap:], values[:, gap:], places[:, gap:], past.length + lengths)
 
     def _attend(
         self,
@@ -210,18 +209,13 @@ class Attention(Mixer):
             form=context.form,
         )
 
+    def _state(self, keys: Tensor, values: Tensor, places: Tensor, length: Tensor) -> State:
+        """The state after a call: what later tokens may still see."""
+        return State(self._recent(keys), self._recent(values), self._recent(places), length)
+
     def _recent(self, cache: Shaped[Tensor, "N S *rest"]) -> Shaped[Tensor, "N R *rest"]:
-        """What later tokens may still see."""
         window = self.config.window
         return cache if window is None or cache.shape[1] < window else cache[:, cache.shape[1] - window + 1 :]
-
-    def _remembered(self, where: Tensor, k: Tensor, context: Context) -> Int[Tensor, "N P"]:
-        """The positions of the keys that a first call leaves."""
-        if not self._places:
-            return where.new_zeros(len(k), 0)
-        if context.cu_seqlens is not None:
-            return self._recent(unpack(where, context.cu_seqlens))
-        return self._recent(where.expand(len(k), -1))
 
     @classmethod
     def cost(cls, config: Options, length: int) -> Cost:
@@ -254,7 +248,10 @@ class Attention(Mixer):
 
     def reference(self, x: Float[Tensor, "T D"]) -> Float[Tensor, "T D"]:
         c, position, where = self.config, self.position, torch.arange(len(x))
-        q, k, v = self._queries(x), self._keys(x), self.v(x).unflatten(-1, (-1, c.head_size))
+        q, k, v = (
+            y[0]
+            for y in (self._queries(x[None]), self._keys(x[None]), self.v(x[None]).unflatten(-1, (-1, c.head_size)))
+        )
         if self._turns:
             q, k = (position.rotate(y[None], where[None])[0] for y in (q, k))
         groups = c.heads // c.kv_heads

@@ -63,7 +63,8 @@ class Learned(PositionEncoding):
             ValueError: one of them is not in the table.
         """
         check_positions(positions, self.limit)
-        return F.embedding(positions, self.weight)
+        read: Tensor = F.embedding(positions, self.weight)
+        return read
 
     def embed(
         self,
@@ -105,7 +106,8 @@ class Hierarchical(Learned):
         check_positions(positions, self.limit)
         alpha, n = self.options.alpha, len(self.weight)
         base = (self.weight - alpha * self.weight[:1]) / (1 - alpha)
-        return alpha * F.embedding(positions // n, base) + (1 - alpha) * F.embedding(positions % n, base)
+        read: Tensor = alpha * F.embedding(positions // n, base) + (1 - alpha) * F.embedding(positions % n, base)
+        return read
 
 
 @config

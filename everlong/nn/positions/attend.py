@@ -1,10 +1,10 @@
 """Softmax attention under a position encoding, by the cheapest way that its hooks leave open.
 
     nothing on the scores       the operator as it is
-    a bias of each distance     the operator with the bias as a function, which it calls for parts; where positions have
-                                gaps, as below
-    scores, values              blocks of queries: what the encoding adds is a tensor [N, H, block, S], and where gradients
-                                are asked for it is computed again in the backward pass
+    a bias of each distance     the operator with the bias as a function, which it calls for parts; where positions
+                                have gaps, as below
+    scores, values              blocks of queries: what the encoding adds is a tensor [N, H, block, S], and where
+                                gradients are asked for it is computed again in the backward pass
     late rotation               queries that share a length of text turn themselves and the keys that they read
 
 Memory    O(T + S) without scores and values; with them O(H S) for each query of a block of at most LIMIT scores, and
@@ -12,7 +12,6 @@ Memory    O(T + S) without scores and values; with them O(H S) for each query of
 """
 
 import itertools
-from typing import cast
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -70,8 +69,8 @@ def attend(
     parts = _Parts(position, project, causal, window, counted, form)
     k, v = k.to(q.dtype), v.to(q.dtype)
     if cu_seqlens is None:
-        return cast(Tensor, uncompiled(parts.whole)(q, k, v, queries, keys, real))
-    return cast(Tensor, uncompiled(parts.packed)(q, k, v, queries, keys, cu_seqlens))
+        return uncompiled(parts.whole)(q, k, v, queries, keys, real)
+    return uncompiled(parts.packed)(q, k, v, queries, keys, cu_seqlens)
 
 
 class _Parts:
@@ -94,21 +93,25 @@ class _Parts:
     ) -> Float[Tensor, "1 T H V"]:
         """Each sequence of a packed row for itself."""
         spans = [slice(start, stop) for start, stop in itertools.pairwise(cu_seqlens.tolist())]
-        outputs = [self.whole(*(x[:, span] for x in (q, k, v, queries, keys)), None) for span in spans]
+        outputs = [
+            self.whole(q[:, span], k[:, span], v[:, span], queries[:, span], keys[:, span], None) for span in spans
+        ]
         return torch.cat(outputs, dim=1) if outputs else v.new_zeros(*q.shape[:3], v.shape[-1])
 
     def whole(
         self, q: Tensor, k: Tensor, v: Tensor, queries: Tensor, keys: Tensor, real: Tensor | None
     ) -> Float[Tensor, "N T H V"]:
         """All queries of the call, in parts."""
-        (T, S), part = (q.shape[1], k.shape[1]), self._rotated if self._turns_late() else self._read
-        if not self._turns_late() and self.counted:  # one row of distances for all sequences
+        if "late rotation" in self.position.hooks:
+            return self.late(q, k, v, queries, keys, real)
+        T, S = q.shape[1], k.shape[1]
+        if self.counted:  # one row of distances for all sequences
             queries, keys = (torch.arange(*span, device=q.device)[None] for span in ((S - T, S), (0, S)))
         rows = max(1, LIMIT // max(1, q.shape[0] * q.shape[2] * S))
         if not (q.numel() and k.numel()):
             return nothing(q, k, v)[0]
-        if T <= rows:
-            return part(q, k, v, queries, keys, real, S - T)
+        if rows >= T:
+            return self._read(q, k, v, queries, keys, real, S - T)
         outputs = []
         for start in range(0, T, rows):
             stop = min(start + rows, T)
@@ -117,13 +120,12 @@ class _Parts:
             seen = None if real is None else real[:, first:last]
             place = start + S - T - first
             if torch.is_grad_enabled():
-                outputs.append(checkpoint(part, *inputs, seen, place, use_reentrant=False, preserve_rng_state=False))
+                outputs.append(
+                    checkpoint(self._read, *inputs, seen, place, use_reentrant=False, preserve_rng_state=False)
+                )
             else:
-                outputs.append(part(*inputs, seen, place))
+                outputs.append(self._read(*inputs, seen, place))
         return torch.cat(outputs, dim=1)
-
-    def _turns_late(self) -> bool:
-        return "late rotation" in self.position.hooks
 
     def _reach(self, start: int, stop: int, num_keys: int) -> tuple[int, int]:
         """The keys that queries at these places may see."""
@@ -190,45 +192,41 @@ class _Parts:
             o = heads_times(weights, v) + self.position.value(weights, distance)
         return o.transpose(1, 2).to(dtype)
 
-    def _rotated(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        queries: Tensor,
-        keys: Tensor,
-        real: Tensor | None,
-        place: int,
+    def late(
+        self, q: Tensor, k: Tensor, v: Tensor, queries: Tensor, keys: Tensor, real: Tensor | None
     ) -> Float[Tensor, "N T H V"]:
-        """Attention whose queries turn the keys that they read."""
-        position = self.position
+        """Queries turn themselves and the keys that they read; those of one length of text together."""
+        position, (T, S) = self.position, (q.shape[1], k.shape[1])
         assert isinstance(position, Rope)
-        visible = self._visible(q, k, real, place)
+        if not (q.numel() and k.numel()):
+            return nothing(q, k, v)[0]
         ends = queries
         if not self.causal:  # the text ends where its last key does
-            last = keys if real is None else keys.masked_fill(~real, 0)
-            ends = last.amax(-1, keepdim=True).expand_as(queries) if k.shape[1] else queries
+            ends = keys if real is None else keys.masked_fill(~real, 0)
+            ends = ends.amax(-1, keepdim=True).expand(-1, T)
         lengths = position.text_length(ends)
-        row = lengths[0]
-        if bool((lengths != row).any()):  # rows of unlike lengths
+        if bool((lengths != lengths[0]).any()):
             rows = []
             for n in range(len(q)):
+                of, to = (y[n : n + 1] if len(y) > 1 else y for y in (queries, keys))
                 one = slice(n, n + 1)
-                there = None if real is None else real[one]
-                own = (y[one] if len(y) > 1 else y for y in (queries, keys))
-                rows.append(self._rotated(q[one], k[one], v[one], *own, there, place))
+                rows.append(self.late(q[one], k[one], v[one], of, to, None if real is None else real[one]))
             return torch.cat(rows)
-        groups, of = row.unique(return_inverse=True)
-        order, outputs = of.argsort(stable=True), []
-        for length, members in zip(
-            groups.tolist(), order.split(of.bincount(minlength=len(groups)).tolist()), strict=True
-        ):
-            seen = None if visible is None else visible[:, members]
-            last = (
-                k.shape[1] if seen is None else int(seen.any(1).any(0).nonzero().amax()) + 1 if bool(seen.any()) else 0
+        outputs, stop = [], 0
+        alike = torch.unique_consecutive(lengths[0], return_counts=True)
+        for length, count in zip(*(y.tolist() for y in alike), strict=True):
+            start, stop = stop, stop + count
+            first, last = self._reach(start + S - T, stop + S - T, S)
+            turned_q = position.rotate(q[:, start:stop], queries[:, start:stop], length)
+            turned_k = position.rotate(k[:, first:last], keys[:, first:last], length)
+            o = softmax_attention(
+                turned_q.to(v.dtype),
+                turned_k.to(v.dtype),
+                v[:, first:last],
+                causal=self.causal,
+                window=self.window,
+                mask=None if real is None else real[:, None, None, first:last],
+                form=self.form,
             )
-            turned_q = position.rotate(q[:, members], queries[:, members], length)
-            turned_k = position.rotate(k[:, :last], keys[:, :last], length)
-            seen = None if seen is None else seen[..., :last]
-            outputs.append(self._softmax(turned_q.to(v.dtype), turned_k.to(v.dtype), v[:, :last], seen))
-        return torch.cat(outputs, dim=1)[:, order.argsort()]
+            outputs.append(o)
+        return torch.cat(outputs, dim=1)

@@ -2,7 +2,7 @@
 
     embedding       x -> x changed by where it stands, before the first layer
     rotation        q, k -> R(t) q, R(s) k, before they meet; a rotated key can be kept
-    late rotation   the same, by frequencies of the text's length so far: keys are kept as they are, and turned when read
+    late rotation   the same, by frequencies of the text's length so far: keys are kept as they are, turned when read
     score bias      a number added to each score, from the two positions
     score           a number added to each score, from the two positions and the query or the key
     value           what a pair's distance adds to the value that is read
@@ -27,7 +27,7 @@ READING = frozenset({"late rotation", "score bias", "score", "value"})
 Position = str | dict[str, Any]  # an encoding's name, or {"position": name, option: value, ...}
 Kept = tuple[Tensor, ...]  # what an encoding of the embedding keeps of the past, each leaf with the sequence on axis 0
 
-# The mixer's own way from its input to queries or keys: [R, D] -> [R, heads, K]
+# The mixer's own way from its input to queries or keys: [B, T, D] -> [B, T, heads, K]
 Projection = Callable[[Tensor], Tensor]
 
 
@@ -116,7 +116,7 @@ class PositionEncoding(nn.Module):
         return ()
 
     def flops(self, queries: int, keys: int, kv_heads: int) -> int:
-        """Of the products that the last `queries` of `keys` tokens need, beside those of the mixer. A multiply-add is 2."""
+        """Of the products that the last `queries` of `keys` tokens need beside those of the mixer."""
         return 0
 
 

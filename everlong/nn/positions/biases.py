@@ -3,12 +3,12 @@
     alibi   -slope_h |t - s|                       Press et al. 2021, "Train Short, Test Long", arXiv 2108.12409
     t5      table_h[bucket(s - t)]                 Raffel et al. 2019, arXiv 1910.10683, section 2.1
 
-Slopes are 2^(-8h/H), h = 1..H; for an H that is no power of two those of the next lower power, then every second slope of
-the next higher one. T5's buckets hold one distance each up to half of them, and beyond are evenly spaced in the logarithm
-up to `max_distance`; without causality half of all are for what lies ahead.
+Slopes are 2^(-8h/H), h = 1..H; for an H that is no power of two those of the next lower power, then every second slope
+of the next higher one. T5's buckets hold one distance each up to half of them, and beyond are evenly spaced in the
+logarithm up to `max_distance`; without causality half of all are for what lies ahead. As in T5, scores are not divided
+by sqrt(K) under its bias.
 
-Deviates  T5 has one table, in its first layer, for all layers: here each layer has its own. T5 does not divide scores by
-          sqrt(K), nor does `t5` here
+Deviates  T5 has one table for all layers, in its first: here each layer has its own
 """
 
 import math

@@ -6,8 +6,8 @@ A token's embedding is r exp(i theta) as real and imaginary parts, the first and
 turn by w t mixes them. w belongs to each word and channel, to each word, or to each channel (section 3.2).
 
 Source    Wang et al. 2020, "Encoding word order in complex embeddings", arXiv 1912.12333
-Deviates  amplitude and phase are learned as real and imaginary part; the layers above are real and read both parts side by
-          side; with an odd width the last channel does not turn
+Deviates  amplitude and phase are learned as real and imaginary part; the layers above are real and read both parts side
+          by side; with an odd width the last channel does not turn
 """
 
 import math
@@ -50,7 +50,7 @@ class ComplexOrder(PositionEncoding):
         pairs, kind = size // 2, self.options.frequencies
         if kind != "channel" and self.vocab_size is None:
             raise ValueError(f"frequencies of each {kind} need a vocabulary: use frequencies=channel")
-        words = 1 if kind == "channel" else self.vocab_size
+        words = 1 if kind == "channel" or self.vocab_size is None else self.vocab_size
         share = torch.rand(words, 1) if kind == "word" else torch.arange(pairs).expand(words, -1) / pairs
         self.frequency = nn.Parameter(torch.exp(-math.log(self.options.base) * share))
 
@@ -63,7 +63,7 @@ class ComplexOrder(PositionEncoding):
         kept: Kept = (),
         cu_seqlens: Int[Tensor, " N_plus_1"] | None = None,
     ) -> tuple[Float[Tensor, "B T D"], Kept]:
-        w = self.frequency
+        w: Tensor = self.frequency
         if self.options.frequencies != "channel":
             if tokens is None:
                 raise ValueError(
@@ -74,5 +74,5 @@ class ComplexOrder(PositionEncoding):
         angles = positions.to(exact)[..., None] * w
         cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
         pairs = self.size // 2
-        real, imaginary, rest = x.split([pairs, pairs, self.size - 2 * pairs], dim=-1)
+        real, imaginary, rest = x[..., :pairs], x[..., pairs : 2 * pairs], x[..., 2 * pairs :]
         return torch.cat([real * cos - imaginary * sin, imaginary * cos + real * sin, rest], dim=-1), ()

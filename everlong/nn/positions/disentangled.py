@@ -7,22 +7,23 @@ The 3 is the number of terms. With `buckets` d is first made coarse, as version 
 evenly spaced in the logarithm up to `max_distance`, and k is `buckets`. With `share_projections`, as version 2 has it
 too, E goes through the layer's own projections.
 
-The third term is indexed by d(t, s) in Microsoft's code and in transformers' (`p2c_index` "code"), and by d(s, t) in the
-paper ("paper"); weights are only right under the one that they were trained with.
+The third term is indexed by d(t, s) in Microsoft's code and in transformers' (`p2c_index` "code"), and by d(s, t) in
+the paper ("paper"); weights are only right under the one that they were trained with.
 
 What the paper calls an enhanced mask decoder is no part of an encoding of distances: for masked language modelling,
 absolute positions enter as queries of the last two layers before the softmax over words, and nowhere below.
 
 Source    He et al. 2020, "DeBERTa", arXiv 2006.03654; version 2: He et al. 2021, arXiv 2111.09543, and its code
-Deviates  E is each layer's own, not shared over layers; Kr has no bias, which would add the same to all scores of a query
+Deviates  E is each layer's own, not shared over layers; Kr has no bias, which would add the same to all scores of a
+          query
 """
 
-import math
 from typing import Any, Literal
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from everlong.config import config
 from everlong.nn.positions.base import PositionEncoding, Projection, bounds, pick, positive
@@ -77,7 +78,8 @@ class Deberta(PositionEncoding):
         """d of a distance t - s: the row of E."""
         if self.options.buckets is not None:
             distance = self._coarse(distance)
-        return (distance + self.span).clamp(0, 2 * self.span - 1)
+        row: Tensor = (distance + self.span).clamp(0, 2 * self.span - 1)
+        return row
 
     def _coarse(self, distance: Int[Tensor, "*B"]) -> Int[Tensor, "*B"]:
         assert self.options.buckets is not None
@@ -96,27 +98,28 @@ class Deberta(PositionEncoding):
         distance: Int[Tensor, "rows T S"],
         project: tuple[Projection, Projection],
     ) -> Float[Tensor, "N H T S"]:
-        index, total = self.row(distance), 0.0
+        index, terms = self.row(distance), list[Tensor]()
         if "c2p" in self.options.terms:
             low, high = bounds(index)
-            rows = self._heads(self.weight[low:high], project[1], "position_k")
-            total = pick(torch.einsum("nthk,rhk->nhtr", q, rows.to(q.dtype)), index - low)
+            rows = self._heads(low, high, project[1], "position_k")
+            terms.append(pick(torch.einsum("nthk,rhk->nhtr", q, rows.to(q.dtype)), index - low))
         if "p2c" in self.options.terms:
             index = self.row(-distance) if self.options.p2c_index == "paper" else index
             low, high = bounds(index)
-            rows = self._heads(self.weight[low:high], project[0], "position_q")
+            rows = self._heads(low, high, project[0], "position_q")
             k = k.repeat_interleave(self.num_heads // k.shape[2], dim=2)
             products = torch.einsum("nshk,rhk->nhsr", k, rows.to(k.dtype))
-            total = total + pick(products, (index - low).mT).mT
-        assert isinstance(total, Tensor)
+            terms.append(pick(products, (index - low).mT).mT)
+        total = terms[0] if len(terms) == 1 else terms[0] + terms[1]
         return total * self.scale
 
-    def _heads(self, rows: Float[Tensor, "R D"], shared: Projection, own: str) -> Float[Tensor, "R H K"]:
+    def _heads(self, low: int, high: int, shared: Projection, own: str) -> Float[Tensor, "R H K"]:
         """Rows of E as queries or keys."""
+        rows = F.embedding(torch.arange(low, high, device=self.weight.device), self.weight)
         if not self.options.share_projections:
             projected: Tensor = getattr(self, own)(rows)
-            return projected.unflatten(-1, (self.num_heads, -1))
-        heads = shared(rows)
+            return projected.view(len(rows), self.num_heads, -1)
+        heads = shared(rows[None])[0]
         return heads.repeat_interleave(self.num_heads // heads.shape[1], dim=1)
 
     def flops(self, queries: int, keys: int, kv_heads: int) -> int:

@@ -7,7 +7,8 @@ positions; the next position needs the last one only. What was solved without gr
 the parameters stay what they are. `method` "map" takes p_{t+1} = p_t + h(t, p_t) in the place of the equation.
 
 Cost      FLOPs of a new position: 16 D C substeps for hidden size C, once for all sequences; sequential in the length
-Source    Liu et al. 2020, "Learning to Encode Position for Transformer with Continuous Dynamical Model", arXiv 2003.09229
+Source    Liu et al. 2020, "Learning to Encode Position for Transformer with Continuous Dynamical Model", arXiv
+          2003.09229
 Deviates  added to the embedding only, not to each layer's input; fixed steps in the place of an adaptive solver
 """
 

@@ -1,12 +1,13 @@
 """Distances that queries read as they read keys: each has a vector.
 
     shaw              q^T (k + a_c) / sqrt(K)  and values  v + b_c,  c = clip(s - t, -k, k)    Shaw et al. 2018, eq. 3-5
-    transformer_xl    [(q + u)^T k + (q + v)^T W_r R_{t-s}] / sqrt(K)                          Dai et al. 2019, section 3.3
+    transformer_xl    [(q + u)^T k + (q + v)^T W_r R_{t-s}] / sqrt(K)                          Dai et al. 2019, sec. 3.3
 
-R are sinusoids as wide as the layer, the halves sin and cos; u, v and W_r are learned. Vectors of distances are met once
-each and their products gathered: no tensor has axes for query, key and channel.
+R are sinusoids as wide as the layer, the halves sin and cos; u, v and W_r are learned. Vectors of distances are met
+once each and their products gathered: no tensor has axes for query, key and channel.
 
-Source    Shaw et al. 2018, arXiv 1803.02155; Dai et al. 2019, arXiv 1901.02860; Yang et al. 2019, "XLNet", arXiv 1906.08237
+Source    Shaw et al. 2018, arXiv 1803.02155; Dai et al. 2019, arXiv 1901.02860; Yang et al. 2019, "XLNet", arXiv
+          1906.08237
 Deviates  u and v are each layer's own, as in XLNet; a causal layer of `shaw` has no vectors for what lies ahead
 """
 
@@ -52,7 +53,8 @@ class Shaw(PositionEncoding):
     def _row(self, distance: Int[Tensor, "*B"]) -> Int[Tensor, "*B"]:
         """The row of the tables: keys furthest behind come first."""
         k = self.options.max_distance
-        return (k - distance).clamp(0, len(self.keys) - 1)
+        row: Tensor = (k - distance).clamp(0, len(self.keys) - 1)
+        return row
 
     def score(
         self,
@@ -71,7 +73,8 @@ class Shaw(PositionEncoding):
             return 0.0
         index = self._row(distance)[:, None].expand_as(weights)
         sums = weights.new_zeros(*weights.shape[:3], len(self.values)).scatter_add(-1, index, weights)
-        return sums @ self.values.to(weights.dtype)
+        read: Tensor = sums @ self.values.to(weights.dtype)
+        return read
 
     def flops(self, queries: int, keys: int, kv_heads: int) -> int:
         tables = 2 if self.options.values else 1
@@ -100,9 +103,10 @@ class TransformerXL(PositionEncoding):
         project: tuple[Projection, Projection],
     ) -> Float[Tensor, "N H T S"]:
         low, high = bounds(distance)
-        different, index = torch.arange(low, high, device=q.device), distance - low
-        if high - low > 4 * sum(distance.shape[1:]):  # positions with gaps
-            different, index = distance.unique(return_inverse=True)
+        if high - low <= 4 * sum(distance.shape[1:]):
+            different, index = torch.arange(low, high, device=q.device), distance - low
+        else:  # positions with gaps
+            different, index = torch.unique(distance, return_inverse=True)
         waves = sinusoids(different, self.num_heads * self.size, layout="halves", dtype=_exact(q)).to(q.dtype)
         q = q + self.v.to(q.dtype)
         if self._fold(q.shape[0] * q.shape[1], len(different)):

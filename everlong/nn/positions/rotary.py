@@ -8,7 +8,8 @@ Texts longer than those of training need frequencies that change less than these
     linear      w_i / s                                                    Chen et al. 2023, arXiv 2306.15595
     ntk         base s^(R/(R-2))                                           Peng et al. 2023, arXiv 2309.00071, eq. 17
     dynamic     base (s L/L0 - (s - 1))^(R/(R-2)) at L > L0 tokens         the same, section 3.3
-    yarn        between w_i and w_i / s by how often a pair turns in L0    the same, eq. 18-22; 0.1 ln s + 1 on cos and sin
+    yarn        between w_i and w_i / s by how often a pair turns in L0    the same, eq. 18-22; cos and sin grow by
+                                                                           0.1 ln s + 1
     llama3      the same, by another ramp                                  Grattafiori et al. 2024, arXiv 2407.21783
 
 Source    Su et al. 2021, "RoFormer", arXiv 2104.09864, eq. 14-16 and 34
@@ -86,7 +87,7 @@ class Rope(PositionEncoding):
         self.turning = int(size * self.options.fraction)
         if self.turning % 2 or not self.turning:
             part = "the size of a head" if self.turning == size else "`fraction` of a head's channels"
-            raise ValueError(f"`rope` turns pairs of channels: {part} must be even and at least 2, got {self.turning}")
+            raise ValueError(f"`rope` turns pairs of channels: {part} must be even, got {self.turning}")
         if self.options.scaling == "dynamic":
             self.hooks = frozenset({"late rotation"})
 
@@ -103,7 +104,7 @@ class Rope(PositionEncoding):
         index = torch.arange(0, size, 2, device=device, dtype=dtype)
         w = torch.exp(index * (-math.log(base) / size))
         if o.scaling == "linear":
-            return w / o.factor
+            w = w / o.factor
         if o.scaling not in {"yarn", "llama3"}:
             return w
         kept = self._yarn_ramp(index / 2) if o.scaling == "yarn" else self._llama3_ramp(w)
@@ -118,12 +119,14 @@ class Rope(PositionEncoding):
 
         low = max(math.floor(place(o.beta_fast)), 0)
         high = min(math.ceil(place(o.beta_slow)), self.turning - 1)
-        return 1 - ((pair - low) / (high - low if high != low else 1e-3)).clamp(0, 1)
+        ramp: Tensor = 1 - ((pair - low) / (high - low if high != low else 1e-3)).clamp(0, 1)
+        return ramp
 
     def _llama3_ramp(self, w: Float[Tensor, " pairs"]) -> Float[Tensor, " pairs"]:
         o = self.options
         turns = o.original_length * w / (2 * math.pi)
-        return ((turns - o.low_frequency) / (o.high_frequency - o.low_frequency)).clamp(0, 1)
+        ramp: Tensor = ((turns - o.low_frequency) / (o.high_frequency - o.low_frequency)).clamp(0, 1)
+        return ramp
 
     @property
     def attention_factor(self) -> float:
@@ -145,12 +148,13 @@ class Rope(PositionEncoding):
         if self.options.layout == "half":
             turned = turn(turning, cos, sin)
         else:
-            halves = turning.unflatten(-1, (-1, 2)).transpose(-1, -2).flatten(-2)
-            turned = turn(halves, cos, sin).unflatten(-1, (2, -1)).transpose(-1, -2).flatten(-2)
+            outer = turning.shape[:-1]
+            halves = turning.reshape(*outer, -1, 2).mT.flatten(-2)
+            turned = turn(halves, cos, sin).view(*outer, 2, -1).mT.flatten(-2)
         return torch.cat([turned, rest], dim=-1) if rest.shape[-1] else turned
 
     def text_length(self, positions: Int[Tensor, "..."]) -> Int[Tensor, "..."]:
         """L of a text that ends with these positions; the same for all whose frequencies are the same."""
         step = self.options.step
         length = torch.div(positions + step, step, rounding_mode="floor") * step
-        return length.clamp_min(self.options.original_length)
+        return length.clamp_min(int(self.options.original_length))
