@@ -46,7 +46,7 @@ class Options(HeadOptions):
     qk_norm: bool = False
     """RMS-normalise queries and keys, which keeps scores bounded."""
     position: positions.Position = "rope"
-    """Encoding of positions: a name, or a mapping with its options, {"position": "rope", "factor": 2.0}."""
+    """Encoding of positions: a name, or a mapping with its options, {"position": "rope", "base": 500000}."""
     causal: bool = True
     bias: bool = False
 
@@ -55,7 +55,8 @@ class Options(HeadOptions):
         divisible("num_heads", self.heads, "num_kv_heads", self.kv_heads)
         if self.window is not None and self.window < 1:
             raise ValueError(f"`window` must be at least 1 (the token itself): got {self.window}")
-        positions.parse(self.position)
+        with torch.device("meta"):
+            self.encoding()
 
     @property
     def kv_heads(self) -> int:

@@ -109,7 +109,7 @@ class ModelConfig:
             num_heads=1,
             size=self.width,
             offered=frozenset({"embedding"}),
-            mixer="the embedding",
+            mixer="embedding",
             vocab_size=self.vocab_size,
         )
 

@@ -42,7 +42,6 @@ __all__ = [
     "TransformerXL",
     "attach",
     "attend",
-    "check",
     "fitting",
     "load",
     "markdown",
@@ -128,18 +127,11 @@ def attach(
         if not missing:
             return encoding
     asked = name if isinstance(position, str) or len(position) == 1 else f"{name} with these options"
+    way = " That one meets the embedding: it is the model's `positions`" if "embedding" in missing else ""
     raise ValueError(
         f"`{mixer}` has no {' or '.join(sorted(missing))} for the position encoding `{asked}`. "
-        f"It takes: {', '.join(fitting(offered))}"
+        f"It takes: {', '.join(fitting(offered))}.{way}"
     )
-
-
-def check(position: Position, **about: Any) -> None:
-    """Raises ValueError where `attach` would; it makes nothing."""
-    import torch
-
-    with torch.device("meta"):
-        attach(position, **about)
 
 
 def markdown() -> str:

@@ -47,9 +47,8 @@ class Learned(PositionEncoding):
     hooks = frozenset({"embedding"})
     relative = False
 
-    def __init__(self, num_heads: int, size: int, options: Any = None, **about: Any) -> None:
-        super().__init__(num_heads, size, options, **about)
-        self.weight = nn.Parameter(0.02 * torch.randn(self.options.length, size))
+    def make(self) -> None:
+        self.weight = nn.Parameter(0.02 * torch.randn(self.options.length, self.size))
 
     @property
     def limit(self) -> int:
@@ -148,8 +147,8 @@ class Sinusoidal(PositionEncoding):
 class Multiplicative(Learned):
     """The embedding times one more than a learned vector for each position."""
 
-    def __init__(self, num_heads: int, size: int, options: Any = None, **about: Any) -> None:
-        super().__init__(num_heads, size, options, **about)
+    def make(self) -> None:
+        super().make()
         nn.init.zeros_(self.weight)
 
     def embed(

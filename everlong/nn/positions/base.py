@@ -57,6 +57,10 @@ class PositionEncoding(nn.Module):
         super().__init__()
         self.num_heads, self.size, self.causal, self.vocab_size = num_heads, size, causal, vocab_size
         self.options = self.Options() if options is None else options
+        self.make()
+
+    def make(self) -> None:
+        """Makes the parameters; ValueError where the options do not fit the size."""
 
     @property
     def scale(self) -> float | None:

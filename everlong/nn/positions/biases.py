@@ -12,7 +12,6 @@ Deviates  T5 has one table for all layers, in its first: here each layer has its
 """
 
 import math
-from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -63,9 +62,8 @@ class T5(PositionEncoding):
     Options = T5Options
     hooks = frozenset({"score bias"})
 
-    def __init__(self, num_heads: int, size: int, options: T5Options | None = None, **about: Any) -> None:
-        super().__init__(num_heads, size, options, **about)
-        self.weight = nn.Parameter(0.02 * torch.randn(self.options.buckets, num_heads))
+    def make(self) -> None:
+        self.weight = nn.Parameter(0.02 * torch.randn(self.options.buckets, self.num_heads))
 
     @property
     def scale(self) -> float:

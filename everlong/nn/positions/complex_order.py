@@ -11,7 +11,7 @@ Deviates  amplitude and phase are learned as real and imaginary part; the layers
 """
 
 import math
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from jaxtyping import Float, Int
@@ -43,11 +43,10 @@ class ComplexOrder(PositionEncoding):
     hooks = frozenset({"embedding"})
     relative = False
 
-    def __init__(self, num_heads: int, size: int, options: ComplexOptions | None = None, **about: Any) -> None:
-        super().__init__(num_heads, size, options, **about)
-        if size < 2:
-            raise ValueError(f"`complex` turns pairs of channels: the width must be at least 2, got {size}")
-        pairs, kind = size // 2, self.options.frequencies
+    def make(self) -> None:
+        if self.size < 2:
+            raise ValueError(f"`complex` turns pairs of channels: the width must be at least 2, got {self.size}")
+        pairs, kind = self.size // 2, self.options.frequencies
         if kind != "channel" and self.vocab_size is None:
             raise ValueError(f"frequencies of each {kind} need a vocabulary: use frequencies=channel")
         words = 1 if kind == "channel" or self.vocab_size is None else self.vocab_size

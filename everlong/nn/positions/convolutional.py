@@ -10,7 +10,7 @@ Source    Chu et al. 2021, "Conditional Positional Encodings", arXiv 2102.10882,
 Deviates  one dimension, before the first layer; causal padding, which the papers have no need of
 """
 
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from jaxtyping import Float, Int
@@ -46,11 +46,10 @@ class Convolutional(PositionEncoding):
     hooks = frozenset({"embedding"})
     relative = False
 
-    def __init__(self, num_heads: int, size: int, options: ConvolutionalOptions | None = None, **about: Any) -> None:
-        super().__init__(num_heads, size, options, **about)
+    def make(self) -> None:
         bound = self.options.kernel**-0.5
-        self.weight = nn.Parameter(torch.empty(size, self.options.kernel).uniform_(-bound, bound))
-        self.bias = nn.Parameter(torch.zeros(size))
+        self.weight = nn.Parameter(torch.empty(self.size, self.options.kernel).uniform_(-bound, bound))
+        self.bias = nn.Parameter(torch.zeros(self.size))
 
     def init_kept(self, batch: int) -> Kept:
         if not self.options.causal:

@@ -18,7 +18,7 @@ Deviates  E is each layer's own, not shared over layers; Kr has no bias, which w
           query
 """
 
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from jaxtyping import Float, Int
@@ -59,9 +59,8 @@ class Deberta(PositionEncoding):
     Options = DebertaOptions
     hooks = frozenset({"score"})
 
-    def __init__(self, num_heads: int, size: int, options: DebertaOptions | None = None, **about: Any) -> None:
-        super().__init__(num_heads, size, options, **about)
-        width = num_heads * size
+    def make(self) -> None:
+        width = self.num_heads * self.size
         self.span = self.options.max_distance if self.options.buckets is None else self.options.buckets
         self.weight = nn.Parameter(0.02 * torch.randn(2 * self.span, width))
         if not self.options.share_projections:

@@ -13,7 +13,7 @@ Deviates  added to the embedding only, not to each layer's input; fixed steps in
 """
 
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from jaxtyping import Float, Int
@@ -52,8 +52,8 @@ class Recursive(PositionEncoding):
     hooks = frozenset({"embedding"})
     relative = False
 
-    def __init__(self, num_heads: int, size: int, options: RecursiveOptions | None = None, **about: Any) -> None:
-        super().__init__(num_heads, size, options, **about)
+    def make(self) -> None:
+        size = self.size
         hidden = min(size, 64) if self.options.hidden is None else self.options.hidden
         self.start = nn.Parameter(0.02 * torch.randn(size))
         self.time = nn.Parameter(0.02 * torch.randn(hidden))

@@ -11,8 +11,6 @@ Source    Shaw et al. 2018, arXiv 1803.02155; Dai et al. 2019, arXiv 1901.02860;
 Deviates  u and v are each layer's own, as in XLNet; a causal layer of `shaw` has no vectors for what lies ahead
 """
 
-from typing import Any
-
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
@@ -41,12 +39,11 @@ class Shaw(PositionEncoding):
     Options = ShawOptions
     hooks = frozenset({"score", "value"})
 
-    def __init__(self, num_heads: int, size: int, options: ShawOptions | None = None, **about: Any) -> None:
-        super().__init__(num_heads, size, options, **about)
+    def make(self) -> None:
         rows = self.options.max_distance * (1 if self.causal else 2) + 1
-        self.keys = nn.Parameter(0.02 * torch.randn(rows, size))
+        self.keys = nn.Parameter(0.02 * torch.randn(rows, self.size))
         if self.options.values:
-            self.values = nn.Parameter(0.02 * torch.randn(rows, size))
+            self.values = nn.Parameter(0.02 * torch.randn(rows, self.size))
         else:
             self.hooks = frozenset({"score"})
 
@@ -86,11 +83,11 @@ class TransformerXL(PositionEncoding):
 
     hooks = frozenset({"score"})
 
-    def __init__(self, num_heads: int, size: int, options: Any = None, **about: Any) -> None:
-        super().__init__(num_heads, size, options, **about)
-        self.u = nn.Parameter(0.02 * torch.randn(num_heads, size))
-        self.v = nn.Parameter(0.02 * torch.randn(num_heads, size))
-        self.r = nn.Linear(num_heads * size, num_heads * size, bias=False)
+    def make(self) -> None:
+        width = self.num_heads * self.size
+        self.u = nn.Parameter(0.02 * torch.randn(self.num_heads, self.size))
+        self.v = nn.Parameter(0.02 * torch.randn(self.num_heads, self.size))
+        self.r = nn.Linear(width, width, bias=False)
 
     def content(self, q: Float[Tensor, "N T H K"]) -> Float[Tensor, "N T H K"]:
         return q + self.u.to(q.dtype)

@@ -20,7 +20,7 @@ Deviates  `half` pairs channel i with i + R/2, as GPT-NeoX and Llama do; `interl
 """
 
 import math
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from jaxtyping import Float, Int
@@ -82,11 +82,10 @@ class Rope(PositionEncoding):
     Options = RopeOptions
     hooks = frozenset({"rotation"})
 
-    def __init__(self, num_heads: int, size: int, options: RopeOptions | None = None, **about: Any) -> None:
-        super().__init__(num_heads, size, options, **about)
-        self.turning = int(size * self.options.fraction)
+    def make(self) -> None:
+        self.turning = int(self.size * self.options.fraction)
         if self.turning % 2 or not self.turning:
-            part = "the size of a head" if self.turning == size else "`fraction` of a head's channels"
+            part = "the size of a head" if self.turning == self.size else "`fraction` of a head's channels"
             raise ValueError(f"`rope` turns pairs of channels: {part} must be even, got {self.turning}")
         if self.options.scaling == "dynamic":
             self.hooks = frozenset({"late rotation"})
@@ -102,13 +101,14 @@ class Rope(PositionEncoding):
         elif o.scaling == "dynamic" and length is not None:
             base *= (o.factor * max(length, o.original_length) / o.original_length - (o.factor - 1)) ** grows
         index = torch.arange(0, size, 2, device=device, dtype=dtype)
-        w = torch.exp(index * (-math.log(base) / size))
+        w: Tensor = torch.exp(index * (-math.log(base) / size))
         if o.scaling == "linear":
-            w = w / o.factor
+            w /= o.factor
         if o.scaling not in {"yarn", "llama3"}:
             return w
         kept = self._yarn_ramp(index / 2) if o.scaling == "yarn" else self._llama3_ramp(w)
-        return w * kept + w / o.factor * (1 - kept)
+        mixed: Tensor = w * kept + w / o.factor * (1 - kept)
+        return mixed
 
     def _yarn_ramp(self, pair: Float[Tensor, " pairs"]) -> Float[Tensor, " pairs"]:
         o = self.options
@@ -151,10 +151,12 @@ class Rope(PositionEncoding):
             outer = turning.shape[:-1]
             halves = turning.reshape(*outer, -1, 2).mT.flatten(-2)
             turned = turn(halves, cos, sin).view(*outer, 2, -1).mT.flatten(-2)
-        return torch.cat([turned, rest], dim=-1) if rest.shape[-1] else turned
+        if rest.shape[-1]:
+            turned = torch.cat([turned, rest], dim=-1)
+        return turned
 
     def text_length(self, positions: Int[Tensor, "..."]) -> Int[Tensor, "..."]:
         """L of a text that ends with these positions; the same for all whose frequencies are the same."""
         step = self.options.step
-        length = torch.div(positions + step, step, rounding_mode="floor") * step
+        length: Tensor = torch.div(positions + step, step, rounding_mode="floor") * step
         return length.clamp_min(int(self.options.original_length))
