@@ -10,7 +10,7 @@ from typing import Any
 
 from everlong.config import from_dict, unknown
 from everlong.nn.positions.absolute import Hierarchical, Learned, Multiplicative, Sinusoidal, sinusoids
-from everlong.nn.positions.attend import attend
+from everlong.nn.positions.attending import attend
 from everlong.nn.positions.base import HOOKS, READING, Kept, Position, PositionEncoding
 from everlong.nn.positions.biases import T5, Alibi
 from everlong.nn.positions.complex_order import ComplexOrder

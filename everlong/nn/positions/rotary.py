@@ -149,8 +149,8 @@ class Rope(PositionEncoding):
             turned = turn(turning, cos, sin)
         else:
             outer = turning.shape[:-1]
-            halves = turning.reshape(*outer, -1, 2).mT.flatten(-2)
-            turned = turn(halves, cos, sin).view(*outer, 2, -1).mT.flatten(-2)
+            halves = turning.reshape(*outer, self.turning // 2, 2).mT.flatten(-2)
+            turned = turn(halves, cos, sin).view(*outer, 2, self.turning // 2).mT.flatten(-2)
         if rest.shape[-1]:
             turned = torch.cat([turned, rest], dim=-1)
         return turned
