@@ -12,6 +12,8 @@ Memory    O(T + S) without scores and values; with them O(H S) for each query of
 """
 
 import itertools
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -119,12 +121,7 @@ class _Parts:
             inputs = q[:, start:stop], k[:, first:last], v[:, first:last], queries[:, start:stop], keys[:, first:last]
             seen = None if real is None else real[:, first:last]
             place = start + S - T - first
-            if torch.is_grad_enabled():
-                outputs.append(
-                    checkpoint(self._read, *inputs, seen, place, use_reentrant=False, preserve_rng_state=False)
-                )
-            else:
-                outputs.append(self._read(*inputs, seen, place))
+            outputs.append(_again(self._read, True, *inputs, seen, place))
         return torch.cat(outputs, dim=1)
 
     def _reach(self, start: int, stop: int, num_keys: int) -> tuple[int, int]:
@@ -217,16 +214,38 @@ class _Parts:
         for length, count in zip(*(y.tolist() for y in alike), strict=True):
             start, stop = stop, stop + count
             first, last = self._reach(start + S - T, stop + S - T, S)
-            turned_q = position.rotate(q[:, start:stop], queries[:, start:stop], length)
-            turned_k = position.rotate(k[:, first:last], keys[:, first:last], length)
-            o = softmax_attention(
-                turned_q.to(v.dtype),
-                turned_k.to(v.dtype),
-                v[:, first:last],
-                causal=self.causal,
-                window=self.window,
-                mask=None if real is None else real[:, None, None, first:last],
-                form=self.form,
-            )
-            outputs.append(o)
+            inputs = q[:, start:stop], k[:, first:last], v[:, first:last], queries[:, start:stop], keys[:, first:last]
+            seen = None if real is None else real[:, first:last]
+            outputs.append(_again(self._turned, count < T, *inputs, seen, length))
         return torch.cat(outputs, dim=1)
+
+    def _turned(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        queries: Tensor,
+        keys: Tensor,
+        real: Tensor | None,
+        length: int,
+    ) -> Float[Tensor, "N T H V"]:
+        """Attention of queries whose text has one length."""
+        position = self.position
+        assert isinstance(position, Rope)
+        return softmax_attention(
+            position.rotate(q, queries, length).to(v.dtype),
+            position.rotate(k, keys, length).to(v.dtype),
+            v,
+            causal=self.causal,
+            window=self.window,
+            mask=None if real is None else real[:, None, None],
+            form=self.form,
+        )
+
+
+def _again(part: Callable[..., Tensor], once_more: bool, *inputs: Any) -> Tensor:
+    """One of several parts, computed once more in the backward pass in the place of keeping what it needs."""
+    if not (once_more and torch.is_grad_enabled()):
+        return part(*inputs)
+    result: Tensor = checkpoint(part, *inputs, use_reentrant=False, preserve_rng_state=False)
+    return result

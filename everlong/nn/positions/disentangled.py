@@ -107,8 +107,12 @@ class Deberta(PositionEncoding):
             low, high = bounds(index)
             rows = self._heads(low, high, project[0], "position_q")
             k = k.repeat_interleave(self.num_heads // k.shape[2], dim=2)
-            products = torch.einsum("nshk,rhk->nhsr", k, rows.to(k.dtype))
-            terms.append(pick(products, (index - low).mT).mT)
+            if distance.shape[1] == 1:  # a key meets the row of its own distance only
+                met = rows.to(k.dtype)[index[:, 0] - low].expand_as(k)
+                terms.append(torch.einsum("nshk,nshk->nhs", k, met)[:, :, None])
+            else:
+                products = torch.einsum("nshk,rhk->nhsr", k, rows.to(k.dtype))
+                terms.append(pick(products, (index - low).mT).mT)
         total = terms[0] if len(terms) == 1 else terms[0] + terms[1]
         return total * self.scale
 
@@ -130,5 +134,5 @@ class Deberta(PositionEncoding):
             total += 2 * (high - low) * width * (keys_wide + queries)
         if "p2c" in self.options.terms:
             low, high = bounds(self.row(-ends if self.options.p2c_index == "paper" else ends))
-            total += 2 * (high - low) * width * (width + keys)
+            total += 2 * width * ((high - low) * width + keys * (1 if queries == 1 else high - low))
         return total
