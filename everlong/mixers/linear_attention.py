@@ -47,7 +47,7 @@ class Options(HeadOptions):
     quadratic)."""
     max_length: int = 4096
     """M of cosformer, in tokens: no text may be longer."""
-    position: str = "none"
+    position: positions.Position = "none"
     causal: bool = True
     bias: bool = False
 
