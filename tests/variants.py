@@ -63,6 +63,8 @@ VARIANTS = {
     "gated_deltanet": [
         {"num_heads": 4, "num_key_heads": 2, "key_size": 5, "value_expansion": 2.0, "eigenvalues": "both"},
         {"num_heads": 3, "kernel": 1},
+        {"num_heads": 3, "decay": "channel"},
+        {"num_heads": 4, "num_key_heads": 2, "key_size": 5, "decay": "channel", "value_expansion": 0.5},
     ],
     "mamba2": [
         {"num_heads": 4, "num_groups": 2, "state_size": 7},
@@ -76,5 +78,19 @@ VARIANTS = {
         {"num_heads": 3, "kind": "diag"},
         {"num_heads": 3, "kind": "diag", "block_size": 9, "causal": False},
         {"num_heads": 3, "kind": "diag", "variant": "T1", "causal": False},
+    ],
+    "retnet": [
+        {"num_heads": 3, "value_expansion": 1.5},
+    ],
+    "gla": [
+        {"num_heads": 3, "key_expansion": 1.0, "value_expansion": 0.5, "gate_rank": 2, "gate_temperature": 1.0},
+    ],
+    "deltanet": [
+        {"num_heads": 3, "key_expansion": 0.5, "value_expansion": 1.5, "eigenvalues": "both"},
+        {"num_heads": 2, "kernel": 1},
+    ],
+    "lightning": [
+        {"num_heads": 3, "decay": "alibi", "rotation": "none", "values": "silu", "gate": "sigmoid", "gain": True},
+        {"num_heads": 2, "gate_rank": 5},
     ],
 }
