@@ -285,8 +285,8 @@ class LanguageModel(nn.Module):
                 kept = sum(4 * leaf.numel() for leaf in encoding.init_kept(1))
             flops, state = flops + encoding.flops(1, length + 1, 1), state + 8 + kept
             parameters += sum(parameter.numel() for parameter in encoding.parameters())
-        for mixer, options in c.pattern():
-            cost = mixer.cost(options, length)
+        for mixer in (block.mixer for block in cast(Iterable[Block], self.blocks)):
+            cost = mixer.cost(mixer.config, length)  # its own options: they may depend on the layer's place
             flops, state = flops + cost.flops_per_token, state + cost.state_bytes
             parameters += cost.parameters + (c.width if has_mixer_norm(c, mixer) else 0)
             if not mixer.traits.owns_feed_forward:
