@@ -56,7 +56,7 @@ class Options(HeadOptions):
     draw: random_features.Draw = "orthogonal"
     """Of the rows: orthogonal and as long as normal vectors, regularized (orthogonal, all of the same length), or
     independent."""
-    position: str = "none"
+    position: positions.Position = "none"
     causal: bool = True
     bias: bool = False
 

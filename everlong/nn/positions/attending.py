@@ -165,13 +165,8 @@ class _Parts:
         q = position.content(q)
         if "value" in hooks:
             return self._weigh(q, k, v, added, visible, distance)
-        return self._softmax(q, k, v, visible, added)
-
-    def _softmax(
-        self, q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None, bias: Tensor | None = None
-    ) -> Float[Tensor, "N T H V"]:
         mask = None if visible is None else visible[:, None]
-        return softmax_attention(q, k, v, causal=False, scale=self.position.scale, bias=bias, mask=mask, form=self.form)
+        return softmax_attention(q, k, v, causal=False, scale=position.scale, bias=added, mask=mask, form=self.form)
 
     def _weigh(
         self, q: Tensor, k: Tensor, v: Tensor, added: Tensor, visible: Tensor | None, distance: Tensor
