@@ -263,7 +263,8 @@ def test_gradients_are_right(name, options):
             filled[i] = leaf
         return mixer(x, pytree.tree_unflatten(filled, spec))[0]
 
-    assert torch.autograd.gradcheck(run, (x, *free), eps=1e-6, atol=1e-5)
+    large = sum(leaf.numel() for leaf in free) > 1_000  # then along random directions, not entry by entry
+    assert torch.autograd.gradcheck(run, (x, *free), eps=1e-6, atol=1e-5, fast_mode=large)
 
 
 @cases
