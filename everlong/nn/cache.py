@@ -36,7 +36,7 @@ def append(past: Shaped[Tensor, "B S *rest"], new: Shaped[Tensor, "B T *rest"]) 
 def append_ragged(
     pairs: list[tuple[Tensor, Tensor]], kept: Int[Tensor, " N"], lengths: Int[Tensor, " N"]
 ) -> tuple[list[Shaped[Tensor, "N R *rest"]], Bool[Tensor, "N R"]]:
-    """Past `[N, S, ...]` and new `[N, T, ...]` of each pair joined, where rows bring unequal numbers; what of it is real.
+    """Past `[N, S, ...]` and new `[N, T, ...]` of each pair joined, where rows bring unequal numbers; and what is real.
 
     The last `kept` entries of a row of the past are real, and the last `lengths` of a row of what is new: so they are
     in the result, which is as long as the longest row.
@@ -50,7 +50,9 @@ def append_ragged(
         dim=1,
     )
     longest = int((kept + lengths).max()) if len(lengths) else 0
-    order = real.int().argsort(dim=1, stable=True)[:, old + fresh - longest :]  # the gap between the two moves to the front
+    order = real.int().argsort(dim=1, stable=True)[
+        :, old + fresh - longest :
+    ]  # the gap between the two moves to the front
 
     def joined(before: Tensor, after: Tensor) -> Tensor:
         index = order.view(*order.shape, *(1,) * (after.dim() - 2)).expand(-1, -1, *after.shape[2:])

@@ -99,7 +99,8 @@ class ScaleNorm(nn.Module):
 
     def forward(self, x: Float[Tensor, "*B D"]) -> Float[Tensor, "*B D"]:
         size = torch.linalg.vector_norm(exact(x), dim=-1, keepdim=True) * x.shape[-1] ** -0.5
-        return x * (self.weight / size.clamp_min(self.eps)).to(x.dtype)
+        y: Tensor = x * (self.weight / size.clamp_min(self.eps)).to(x.dtype)
+        return y
 
 
 def make_norm(norm: Norm, width: int) -> nn.Module:
@@ -212,9 +213,7 @@ def attend(
     function: Function = "laplace" if weights == "laplace" else "relu2"
     gain = factor if shared else None
 
-    def read(
-        q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, gain: Tensor | None
-    ) -> Float[Tensor, "N T V"]:
+    def read(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, gain: Tensor | None) -> Float[Tensor, "N T V"]:
         return elementwise_attention(q, k, v, function=function, bias=bias, gain=gain, causal=causal, form=form)
 
     if not position.biased or not q.numel():
