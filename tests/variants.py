@@ -3,6 +3,16 @@
 An entry may say that it is not causal; the laws that speak of an order of tokens then leave it out.
 """
 
+from everlong import mixers
+
+CHOSEN = None  # by the option --mixer, a mixer of somebody else's
+
+
+def names():
+    """The mixers that the laws are checked for."""
+    return mixers.names() if CHOSEN is None else [CHOSEN]
+
+
 VARIANTS = {
     "attention": [
         {"num_heads": 6, "num_kv_heads": 2, "qk_norm": True, "bias": True},
