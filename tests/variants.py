@@ -102,5 +102,19 @@ VARIANTS = {
     "lightning": [
         {"num_heads": 3, "decay": "alibi", "rotation": "none", "values": "silu", "gate": "sigmoid", "gain": True},
         {"num_heads": 2, "gate_rank": 5},
+    "rwkv4": [
+        {"feed_forward": 5},
+        {"first": False},
+    ],
+    "rwkv6": [
+        {"num_heads": 3, "mix_rank": 2, "decay_rank": 3},
+        {"num_heads": 18, "first": False, "feed_forward": 7},
+        {"num_heads": 2, "variant": "eagle"},
+        {"num_heads": 4, "variant": "eagle", "first": False},
+    ],
+    "rwkv7": [
+        {"num_heads": 3, "decay_rank": 2, "rate_rank": 3, "value_rank": 5, "gate_rank": 4},
+        {"num_heads": 18, "feed_forward": 7},
+        {"num_heads": 4, "first": False},
     ],
 }
