@@ -42,8 +42,7 @@ class RNN(Mixer):
 
     def __init__(self, config: Options, *, layer: int = 0, depth: int = 1) -> None:
         super().__init__(config, layer=layer, depth=depth)
-        kernel: Literal["rnn_tanh", "rnn_relu"] = "rnn_tanh" if config.activation == "tanh" else "rnn_relu"
-        self.cells = Cells(kernel, config.width, config.size, config.initialization)
+        self.cells = Cells(config.activation, config.width, config.size, config.initialization)
         self.o = nn.Linear(config.size, config.width, bias=False) if config.output == "linear" else nn.Identity()
 
     def init_state(self, batch: int) -> State:

@@ -1,20 +1,22 @@
-"""What the classical recurrent layers share: options, weights with their beginnings, and torch's kernels for time.
+"""What the classical recurrent layers share: options, weights with their beginnings, and the way through time.
 
-The kernels compute the inputs' products for all steps at once and the rest step by step in C++; the LSTM's are oneDNN's.
+All compute the inputs' products for all steps at once. The rest goes step by step: for the LSTM in torch's kernel, which
+is oneDNN's, for the others in unrolled.py.
 """
 
-from collections.abc import Callable
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch.nn.functional import linear
 
 from everlong.config import config
-from everlong.ops.chunks import plan, without_autocast
+from everlong.nn.unrolled import unrolled
+from everlong.ops.chunks import Layout, plan, without_autocast
 
-Kernel = Literal["rnn_tanh", "rnn_relu", "lstm", "gru"]
-GATES: dict[Kernel, int] = {"rnn_tanh": 1, "rnn_relu": 1, "lstm": 4, "gru": 3}
+Kind = Literal["tanh", "relu", "lstm", "gru"]
+GATES: dict[Kind, int] = {"tanh": 1, "relu": 1, "lstm": 4, "gru": 3}
 
 
 @config
@@ -47,10 +49,10 @@ class CellOptions:
 class Cells(nn.Module):
     """The weights of one recurrent layer, called and laid out as torch's `nn.RNNCell`, `LSTMCell` and `GRUCell` do."""
 
-    def __init__(self, kernel: Kernel, inputs: int, size: int, initialization: str) -> None:
+    def __init__(self, kind: Kind, inputs: int, size: int, initialization: str) -> None:
         super().__init__()
-        self.kernel, self.size = kernel, size
-        rows = GATES[kernel] * size
+        self.kind, self.size = kind, size
+        rows = GATES[kind] * size
         self.weight_ih = nn.Parameter(torch.empty(rows, inputs))
         self.weight_hh = nn.Parameter(torch.empty(rows, size))
         self.bias_ih = nn.Parameter(torch.zeros(rows))
@@ -72,39 +74,45 @@ class Cells(nn.Module):
         """The hidden state of every step, and the states `[N, S]` after the last, from the `states [N, S]` before."""
         if x.shape[1] == 0:
             return x.new_zeros(*x.shape[:2], self.size), states
+        layout = plan(*x.shape[:2], cu_seqlens, 1)
         with without_autocast(x):  # in the states' dtype: what rounding adds in a step goes through all later ones
             dtype = states[0].dtype
             weights = [weight.to(dtype) for weight in (self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh)]
-            if cu_seqlens is None:
-                y, after = self._run(weights, states, x.to(dtype))
-            else:
-                y, after = self._packed(weights, states, x[0].to(dtype), cu_seqlens)
-        return y.to(x.dtype), after
+            run = self._lstm if self.kind == "lstm" else self._unrolled
+            y, after = run(x.to(dtype), tuple(layout.sort(state) for state in states), weights, layout)
+        return y.to(x.dtype), tuple(layout.unsort(state) for state in after)
 
-    def _packed(
-        self, weights: list[Tensor], states: tuple[Tensor, ...], x: Tensor, cu_seqlens: Tensor
+    def _unrolled(
+        self, x: Tensor, states: tuple[Tensor, ...], weights: list[Tensor], layout: Layout
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """Sequences of unequal lengths in one row: torch wants their first tokens, longest first, then the second ..."""
-        layout = plan(1, len(x), cu_seqlens, 1)
-        assert layout.order is not None
-        assert layout.token is not None
-        assert layout.slot is not None
-        counts = torch.tensor([step.stop - step.start for step in layout.rounds])
-        states = tuple(state[layout.order] for state in states)
-        alive = int(counts[0])  # torch knows no empty sequences
-        y, after = self._run(weights, tuple(state[:alive] for state in states), x[layout.token], counts)
-        back = layout.order.argsort()
-        joined = (torch.cat([new, old[alive:]])[back] for new, old in zip(after, states, strict=True))
-        return y[layout.slot][None], tuple(joined)
+        assert self.kind != "lstm"
+        weight_ih, weight_hh, bias_ih, bias_hh = weights
+        rows = linear(in_rounds(x, layout), weight_ih, bias_ih)
+        h, last = unrolled(self.kind, rows, states[0], weight_hh, bias_hh, layout.rounds)
+        return in_sequences(h, layout), (last,)
 
-    def _run(
-        self, weights: list[Tensor], states: tuple[Tensor, ...], x: Tensor, counts: Tensor | None = None
+    def _lstm(
+        self, x: Tensor, states: tuple[Tensor, ...], weights: list[Tensor], layout: Layout
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """One layer in one direction, without dropout; with `counts` over packed steps."""
-        run: Callable[..., Any] = getattr(torch, self.kernel)
-        layers = [state[None] for state in states]
-        start = layers if self.kernel == "lstm" else layers[0]
-        # What the kernels call training is only whether they keep what the backward pass needs.
+        # What the kernel calls training is only whether it keeps what the backward pass needs.
         plain = (weights, True, 1, 0.0, torch.is_grad_enabled(), False)
-        y, *after = run(x, start, *plain, True) if counts is None else run(x, counts, start, *plain)
-        return y, tuple(state[0] for state in after)
+        if layout.order is None:
+            h, *last = torch.lstm(x, [state[None] for state in states], *plain, True)
+            return h, tuple(state[0] for state in last)
+        sizes = torch.tensor([step.stop - step.start for step in layout.rounds])
+        alive = int(sizes[0])  # torch knows no empty sequences
+        h, *last = torch.lstm(in_rounds(x, layout), sizes, [state[None, :alive] for state in states], *plain)
+        joined = (torch.cat([new[0], old[alive:]]) for new, old in zip(last, states, strict=True))
+        return in_sequences(h, layout), tuple(joined)
+
+
+def in_rounds(x: Float[Tensor, "B T D"], layout: Layout) -> Float[Tensor, "M D"]:
+    """The first tokens of all sequences, then the second ..."""
+    return x.transpose(0, 1).flatten(0, 1) if layout.token is None else x[0].index_select(0, layout.token)
+
+
+def in_sequences(rows: Float[Tensor, "M D"], layout: Layout) -> Float[Tensor, "B T D"]:
+    """The inverse of `in_rounds`."""
+    if layout.slot is None:
+        return rows.unflatten(0, (layout.length, layout.batch)).transpose(0, 1)
+    return rows.index_select(0, layout.slot)[None]
