@@ -90,7 +90,7 @@ class LRU(Mixer):
         state = self.init_state(context.sequences(x)) if state is None else state
         radius, phase, gain = exact(self.log_rate).exp().neg().exp(), exact(self.log_phase).exp(), self.log_gain.exp()
         turn = torch.stack([radius * phase.cos(), radius * phase.sin()], -1)
-        b = exact(self.v(x)).unflatten(-1, (-1, 2)) * gain[:, None]
+        b = exact(self.v(x).unflatten(-1, (-1, 2))) * gain[:, None]
         h, memory = linear_scan(
             turn.to(b.dtype).expand_as(b),
             b,
@@ -123,7 +123,7 @@ class LRU(Mixer):
 def ring(config: Options) -> tuple[Float[Tensor, " S"], Float[Tensor, " S"]]:
     """The logarithms of a rate and of a phase for each state, lambda evenly spread over the ring (lemma 3.2)."""
     inside, outside = config.min_radius**2, config.max_radius**2
-    # Neither a radius of 0, which nothing leaves, nor one of 1, which nothing enters: the edges' logarithms are infinite.
+    # Neither a radius of 0, which nothing leaves, nor one of 1, which nothing enters: their logarithms are infinite.
     squared = (inside + (outside - inside) * torch.rand(config.states)).clamp(1e-6, 1 - 1e-6)
     phase = (config.max_phase * torch.rand(config.states)).clamp_min(1e-6)
     return (-0.5 * squared.log()).log(), phase.log()

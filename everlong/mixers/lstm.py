@@ -76,9 +76,7 @@ class LSTM(Mixer):
         h = c = x.new_zeros(cells.size)
         outputs = []
         for x_t in x:
-            i, f, g, o = (
-                cells.weight_ih @ x_t + cells.bias_ih + cells.weight_hh @ h + cells.bias_hh
-            ).chunk(4)
+            i, f, g, o = (cells.weight_ih @ x_t + cells.bias_ih + cells.weight_hh @ h + cells.bias_hh).chunk(4)
             c = torch.sigmoid(f) * c + torch.sigmoid(i) * torch.tanh(g)
             h = torch.sigmoid(o) * torch.tanh(c)
             outputs.append(self.o(h))

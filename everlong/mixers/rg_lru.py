@@ -53,9 +53,7 @@ class Options:
     def __post_init__(self) -> None:
         divisible("hidden", self.inner, "num_heads", self.heads)
         if self.kernel < 1 or self.width < 1:
-            raise ValueError(
-                f"`width` and `kernel` must be at least 1: got width={self.width}, kernel={self.kernel}"
-            )
+            raise ValueError(f"`width` and `kernel` must be at least 1: got width={self.width}, kernel={self.kernel}")
 
     @property
     def inner(self) -> int:
@@ -75,7 +73,7 @@ class BlockLinear(nn.Module):
         self.bias = nn.Parameter(torch.zeros(num_heads * size))
 
     def forward(self, x: Float[Tensor, "B T D"]) -> Float[Tensor, "B T D"]:
-        heads = x.flatten(0, 1).unflatten(-1, (len(self.weight), -1)).transpose(0, 1)
+        heads = torch.unflatten(x.flatten(0, 1), -1, (len(self.weight), -1)).transpose(0, 1)
         product = torch.bmm(heads, self.weight).transpose(0, 1).reshape(x.shape)
         return exact(product) + self.bias
 

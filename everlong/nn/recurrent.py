@@ -1,7 +1,7 @@
 """What the classical recurrent layers share: options, weights with their beginnings, and the way through time.
 
-All compute the inputs' products for all steps at once. The rest goes step by step: for the LSTM in torch's kernel, which
-is oneDNN's, for the others in unrolled.py.
+All compute the inputs' products for all steps at once. The rest goes step by step: for the LSTM in torch's kernel,
+which is oneDNN's in float32, for the others in unrolled.py.
 """
 
 from typing import Literal
@@ -62,19 +62,19 @@ class Cells(nn.Module):
                 nn.init.uniform_(parameter, -(size**-0.5), size**-0.5)
             return
         with torch.no_grad():
-            for gate in self.weight_ih.split(size):
+            for gate in torch.split(self.weight_ih, size):
                 nn.init.xavier_uniform_(gate)
-            for gate in self.weight_hh.split(size):
+            for gate in torch.split(self.weight_hh, size):
                 nn.init.orthogonal_(gate)
 
-    @torch.compiler.disable  # which would unroll all steps
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # the compiler would unroll all steps
     def forward(
         self, x: Float[Tensor, "B T D"], states: tuple[Tensor, ...], cu_seqlens: Int[Tensor, " N_plus_1"] | None
     ) -> tuple[Float[Tensor, "B T S"], tuple[Tensor, ...]]:
         """The hidden state of every step, and the states `[N, S]` after the last, from the `states [N, S]` before."""
         if x.shape[1] == 0:
             return x.new_zeros(*x.shape[:2], self.size), states
-        layout = plan(*x.shape[:2], cu_seqlens, 1)
+        layout = plan(x.shape[0], x.shape[1], cu_seqlens, 1)
         with without_autocast(x):  # in the states' dtype: what rounding adds in a step goes through all later ones
             dtype = states[0].dtype
             weights = [weight.to(dtype) for weight in (self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh)]
@@ -114,5 +114,5 @@ def in_rounds(x: Float[Tensor, "B T D"], layout: Layout) -> Float[Tensor, "M D"]
 def in_sequences(rows: Float[Tensor, "M D"], layout: Layout) -> Float[Tensor, "B T D"]:
     """The inverse of `in_rounds`."""
     if layout.slot is None:
-        return rows.unflatten(0, (layout.length, layout.batch)).transpose(0, 1)
+        return torch.unflatten(rows, 0, (layout.length, layout.batch)).transpose(0, 1)
     return rows.index_select(0, layout.slot)[None]

@@ -6,14 +6,15 @@
 
 With d_t the gradient of h_t and everything that a step multiplies it with in one tensor P_t, a step backwards is
 
-    D_t = P_t * d_t        d_{t-1} = dy_{t-1} + D_t W (+ z_t * d_t)        dW = sum_t D_t^T h_{t-1}        db = sum_t D_t
+    D_t = P_t * d_t        d_{t-1} = dy_{t-1} + D_t W (+ z_t * d_t)
+    dW = sum_t D_t^T h_{t-1}        db = sum_t D_t
 
-so that P and the two sums are single operations over all steps (Werbos 1990, "Backpropagation Through Time"; torch's own
-kernels take several times as many operations a step, and add to dW at each).
+so that P and the two sums are single operations over all steps (Werbos 1990, "Backpropagation Through Time"). Torch's
+own kernels take several times as many operations a step, and add to dW at each.
 
 Rows stand in rounds: the first tokens of all sequences, longest sequence first, then the second tokens of those that
-have one, and so on (`everlong.ops.chunks`). `x [M, G S]` of M tokens, G gates and S channels; `h [M, S]`; states `[N, S]`.
-It cannot be differentiated twice.
+have one, and so on (`everlong.ops.chunks`). Of M tokens, G gates and S channels there are `x [M, G S]` and `h [M, S]`;
+states are `[N, S]`. It cannot be differentiated twice.
 """
 
 import itertools
@@ -56,7 +57,7 @@ class _Unrolled(torch.autograd.Function):
             _simple(kind, x + bias, state, weight, h, sizes)
         last = state.clone()
         for t, rows in _endings(sizes):
-            last[rows] = h.split(sizes)[t][rows]
+            last[rows] = torch.split(h, sizes)[t][rows]
         ctx.kind, ctx.sizes = kind, sizes
         ctx.save_for_backward(h, state, weight, *(gates or ()))
         return h, last
@@ -66,7 +67,10 @@ class _Unrolled(torch.autograd.Function):
     def backward(ctx: Any, d_h: Tensor, d_last: Tensor) -> tuple[Tensor | None, ...]:
         sizes: list[int] = ctx.sizes
         h, state, weight, *gates = ctx.saved_tensors
-        befores = [state[: sizes[0]], *(left[:size] for left, size in zip(h.split(sizes), sizes[1:], strict=False))]
+        befores = [
+            state[: sizes[0]],
+            *(left[:size] for left, size in zip(torch.split(h, sizes), sizes[1:], strict=False)),
+        ]
         before = torch.cat(befores)
         keep = None
         if ctx.kind == "gru":
@@ -77,7 +81,7 @@ class _Unrolled(torch.autograd.Function):
             slope = (1 - h.square() if ctx.kind == "tanh" else (h > 0).to(h.dtype))[:, None]
         total, d_state = d_h.clone(), d_last.clone()
         for t, rows in _endings(sizes):
-            total.split(sizes)[t][rows] += d_last[rows]
+            torch.split(total, sizes)[t][rows] += d_last[rows]
         d_state[: sizes[0]] = 0.0
         d_sums = _backwards(slope, weight, keep, total, d_state, sizes)
         d_x = d_sums if ctx.kind != "gru" else torch.cat([d_sums[:, : -h.shape[1]], total * new], 1)
@@ -86,7 +90,7 @@ class _Unrolled(torch.autograd.Function):
 
 def _simple(kind: Kind, x: Tensor, state: Tensor, weight: Tensor, h: Tensor, sizes: list[int]) -> None:
     """Writes the states of the simple network into `h`."""
-    for x_t, h_t in zip(x.split(sizes), h.split(sizes), strict=True):
+    for x_t, h_t in zip(torch.split(x, sizes), torch.split(h, sizes), strict=True):
         torch.addmm(x_t, state[: len(x_t)], weight.mT, out=h_t)
         state = h_t.tanh_() if kind == "tanh" else h_t.relu_()
 
@@ -97,8 +101,8 @@ def _gated(
     """Writes the states of the gated network into `h`; r, z and the hidden part of n side by side, and n."""
     size = h.shape[1]
     sums, new = torch.empty_like(x), torch.empty_like(h)
-    parts = (x[:, : 2 * size], x[:, 2 * size :], sums, sums[:, : 2 * size], *sums.split(size, 1), new, h)
-    steps = zip(*(part.split(sizes) for part in parts), strict=True)
+    parts = (x[:, : 2 * size], x[:, 2 * size :], sums, sums[:, : 2 * size], *torch.split(sums, size, 1), new, h)
+    steps = zip(*(torch.split(part, sizes) for part in parts), strict=True)
     for x_gates, x_new, sums_t, both, r, z, from_hidden, new_t, h_t in steps:
         state = state[: len(h_t)]
         torch.addmm(bias, state, weight.mT, out=sums_t)
@@ -115,10 +119,11 @@ def _backwards(
     receives from elsewhere and receives what it gets through time; what is before the first step goes to `d_state`."""
     d_sums = torch.empty_like(slope)
     flat = d_sums.flatten(1)
-    kept = [None] * len(sizes) if keep is None else keep.split(sizes)
-    totals = total.split(sizes)
+    kept = [None] * len(sizes) if keep is None else torch.split(keep, sizes)
+    totals = torch.split(total, sizes)
     targets = [d_state, *totals[:-1]]
-    steps = list(zip(slope.split(sizes), d_sums.split(sizes), flat.split(sizes), kept, totals, targets, strict=True))
+    parts = (slope, d_sums, flat)
+    steps = list(zip(*(torch.split(part, sizes) for part in parts), kept, totals, targets, strict=True))
     for slope_t, d_t, flat_t, keep_t, total_t, target in reversed(steps):
         torch.mul(slope_t, total_t[:, None], out=d_t)
         target = target[: len(total_t)]

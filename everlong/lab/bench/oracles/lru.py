@@ -1,6 +1,6 @@
 """The linear recurrent unit against its equations as one dense matrix over time, in numpy's complex numbers.
 
-    y_t = sum_{s <= t} Re( C diag(lambda^{t-s} gamma) B ) x_s + skip * x_t
+y_t = sum_{s <= t} Re( C diag(lambda^{t-s} gamma) B ) x_s + skip * x_t
 """
 
 from collections.abc import Iterator

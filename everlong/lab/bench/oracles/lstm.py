@@ -1,35 +1,15 @@
-"""Long short-term memory against torch's cell, stepped in Python, which shares no kernel with ours."""
+"""Long short-term memory against torch's cell, stepped in Python, and torch's layer."""
 
 from collections.abc import Iterator
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
-from everlong.lab.bench.comparison import Comparison, make
+from everlong.lab.bench import cells
+from everlong.lab.bench.comparison import Comparison
 
-ORACLE = "torch, nn.LSTMCell in a loop"
+ORACLE = "torch, nn.LSTMCell in a loop and nn.LSTM"
 
 
 def comparisons() -> Iterator[Comparison]:
-    """Three lengths in float64; then another size, torch's beginning, and float32."""
-    for length in (1, 7, 130):
-        yield _compare(f"T={length}", length)
-    yield _compare("11 channels", 33, hidden=11, forget_bias=0.0)
-    yield _compare("no output matrix, uniform", 33, output="none", initialization="uniform")
-    yield _compare("float32, T=130", 130, torch.float32)
-
-
-def _compare(case: str, length: int, dtype: torch.dtype = torch.float64, **options: object) -> Comparison:
-    ours = make("lstm", width=24, **options).to(dtype)
-    cell = nn.LSTMCell(24, ours.config.size).to(dtype)
-    cell.load_state_dict(ours.cells.state_dict())
-
-    def theirs(x: Tensor) -> Tensor:
-        state, outputs = None, []
-        for x_t in x.unbind(1):
-            state = cell(x_t, state)
-            outputs.append(ours.o(state[0]))
-        return torch.stack(outputs, 1)
-
-    bound = 1e-9 if dtype == torch.float64 else 2e-5
-    return Comparison(case, lambda x: ours(x)[0], theirs, torch.randn(2, length, 24, dtype=dtype), bound)
+    """At several lengths and sizes, in float64 and float32, and over packed sequences."""
+    yield from cells.comparisons("lstm", nn.LSTMCell, nn.LSTM)

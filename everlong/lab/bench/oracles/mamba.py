@@ -1,5 +1,6 @@
 """Mamba against transformers' layer, and against mambapy's, whose scan is a tree."""
 
+import importlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -22,7 +23,9 @@ def comparisons() -> Iterator[Comparison]:
     yield _compare("mambapy, other sizes", 33, _mambapy, **options)
 
 
-def _compare(case: str, length: int, build: Callable[[Any], Callable[[Tensor], Tensor]], **options: object) -> Comparison:
+def _compare(
+    case: str, length: int, build: Callable[[Any], Callable[[Tensor], Tensor]], **options: object
+) -> Comparison:
     ours = make("mamba", width=24, **options)
     return Comparison(case, lambda x: ours(x)[0], build(ours), torch.randn(2, length, 24))
 
@@ -48,11 +51,10 @@ def _transformers(ours: Any) -> Callable[[Tensor], Tensor]:
 
 
 def _mambapy(ours: Any) -> Callable[[Tensor], Tensor]:
-    from mambapy.mamba import MambaBlock, MambaConfig
-
+    mambapy = importlib.import_module("mambapy.mamba")
     c = ours.config
-    theirs = MambaBlock(
-        MambaConfig(
+    theirs: Callable[[Tensor], Tensor] = mambapy.MambaBlock(
+        mambapy.MambaConfig(
             d_model=c.width,
             n_layers=1,
             expand_factor=int(c.expansion),
