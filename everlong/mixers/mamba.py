@@ -10,7 +10,7 @@ State     h [B, I, N] and the last W - 1 inputs of the convolution: 4 I (N + W -
 Cost      FLOPs a token: 6 D I + 4 I (N + R) for the projections + 2 W I for the convolution + 4 I N for the scan
 Source    Gu and Dao 2023, "Mamba: Linear-Time Sequence Modeling with Selective State Spaces", arXiv 2312.00752
 Deviates  A is discretised by a zero-order hold and B by Euler's step, as the authors' code does and eq. 4 does not;
-          what that code keeps in one matrix stands here in parts: v and gate, and step_down, k and q
+          what that code keeps in one matrix stands here in parts: v and gate, and step, k and q
 """
 
 from typing import NamedTuple
@@ -22,7 +22,7 @@ from torch.nn import functional as F
 
 from everlong.config import config
 from everlong.mixers.base import Context, Cost, Mixer, Traits, unpadded
-from everlong.nn.layers import ShortConvolution, initial_steps
+from everlong.nn.layers import LowRank, ShortConvolution, initial_steps
 from everlong.ops import selective_scan
 
 
@@ -80,16 +80,13 @@ class Mamba(Mixer):
         self.gate = nn.Linear(d, inner, bias=config.bias)
         self.q = nn.Linear(inner, states, bias=False)
         self.k = nn.Linear(inner, states, bias=False)
-        self.step_down = nn.Linear(inner, config.rank, bias=False)
-        self.step_up = nn.Linear(config.rank, inner, bias=False)
+        self.step = LowRank(inner, config.rank, inner)
         self.o = nn.Linear(inner, d, bias=config.bias)
         self.v_conv = ShortConvolution(inner, config.kernel, bias=True)
         # The n-th state forgets at rate n: the diagonal of HiPPO's LegS, real (section 3.6).
         self.log_rate = nn.Parameter(torch.arange(1.0, states + 1).log().repeat(inner, 1))
         self.step_bias = nn.Parameter(initial_steps(inner))
         self.skip = nn.Parameter(torch.ones(inner))
-        # At the start a step's size is what its bias says, whatever the rank: the product adds about one unit.
-        nn.init.uniform_(self.step_up.weight, -(config.rank**-0.5), config.rank**-0.5)
 
     def init_state(self, batch: int) -> State:
         c = self.config
@@ -103,7 +100,7 @@ class Mamba(Mixer):
         v, last_v = self.v_conv(self.v(x), state.v, context.cu_seqlens)
         y, memory = selective_scan(
             v,
-            self.step_up(self.step_down(v)),
+            self.step(v),
             -self.log_rate.exp(),
             self.k(v),
             self.q(v),
@@ -128,12 +125,9 @@ class Mamba(Mixer):
         )
 
     def reference(self, x: Float[Tensor, "T D"]) -> Float[Tensor, "T D"]:
-        window = x.new_zeros(self.config.kernel, self.config.inner)
         h, outputs = torch.zeros_like(self.log_rate), []
-        for u in x:
-            window = torch.cat([window[1:], self.v(u)[None]])
-            v = F.silu((window * self.v_conv.weight.mT).sum(0) + self.v_conv.bias)
-            step = F.softplus(self.step_up(self.step_down(v)) + self.step_bias)
+        for u, v in zip(x, self.v_conv.reference(self.v(x)), strict=True):
+            step = torch.log1p(torch.exp(self.step(v) + self.step_bias))
             decay = torch.exp(-step[:, None] * self.log_rate.exp())
             h = decay * h + (step * v)[:, None] * self.k(v)
             y = (h * self.q(v)).sum(1) + self.skip * v

@@ -77,6 +77,11 @@ class BlockLinear(nn.Module):
         product = torch.bmm(heads, self.weight).transpose(0, 1).reshape(x.shape)
         return exact(product) + self.bias
 
+    def reference(self, x: Float[Tensor, " D"]) -> Float[Tensor, " D"]:
+        """One head after another, of one token."""
+        parts = [part @ block for part, block in zip(x.view(len(self.weight), -1), self.weight, strict=True)]
+        return torch.cat(parts) + self.bias
+
 
 class RGLRU(Mixer):
     """Griffin's recurrent block under the contract."""
@@ -135,15 +140,10 @@ class RGLRU(Mixer):
         )
 
     def reference(self, x: Float[Tensor, "T D"]) -> Float[Tensor, "T D"]:
-        c = self.config
-        blocks = [torch.block_diag(*gate.weight.mT) for gate in (self.recurrence_gate, self.input_gate)]
-        window, h, outputs = x.new_zeros(c.kernel, c.inner), x.new_zeros(c.inner), []
-        for t, u in enumerate(x):
-            window = torch.cat([window[1:], self.v(u)[None]])
-            v = (window * self.v_conv.weight.mT).sum(0) + self.v_conv.bias
-            r = torch.sigmoid(blocks[0] @ v + self.recurrence_gate.bias)
-            i = torch.sigmoid(blocks[1] @ v + self.input_gate.bias)
+        h, outputs = x.new_zeros(self.config.inner), []
+        for t, v in enumerate(self.v_conv.reference(self.v(x))):
+            r, i = (torch.sigmoid(gate.reference(v)) for gate in (self.recurrence_gate, self.input_gate))
             a = torch.sigmoid(-self.rate) ** (SHARPNESS * r)
             h = a * h + (torch.sqrt(1 - a * a) if t else 1.0) * i * v
-            outputs.append(self.o(h * F.gelu(self.gate(u), approximate="tanh")))
+            outputs.append(self.o(h * F.gelu(self.gate(x[t]), approximate="tanh")))
         return torch.stack(outputs)

@@ -35,7 +35,7 @@ def _cell(
     length: int,
     theirs: dict[str, Any],
     dtype: torch.dtype = torch.float64,
-    **options: object,
+    **options: Any,
 ) -> Comparison:
     ours = make(name, width=WIDTH, **options, **_renamed(theirs)).to(dtype)
     step: Any = cell(WIDTH, ours.config.size, **theirs).to(dtype)
@@ -70,7 +70,7 @@ def _packed(case: str, name: str, layer: type[nn.RNNBase], theirs: dict[str, Any
         return torch.cat([y[0], state.hidden])
 
     def run_theirs(x: Tensor) -> Tensor:
-        y, last = whole(pack_sequence(torch.split(x[0], list(PACKED)), enforce_sorted=False))
+        y, last = whole(pack_sequence(list(torch.split(x[0], list(PACKED))), enforce_sorted=False))
         hidden = last[0] if isinstance(last, tuple) else last
         return torch.cat([*unpack_sequence(y), hidden[0]])
 

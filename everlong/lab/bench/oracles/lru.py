@@ -24,7 +24,7 @@ def comparisons() -> Iterator[Comparison]:
     yield _compare("float32, T=130", 130, torch.float32)
 
 
-def _compare(case: str, length: int, dtype: torch.dtype, **options: object) -> Comparison:
+def _compare(case: str, length: int, dtype: torch.dtype, **options: Any) -> Comparison:
     ours = make("lru", width=12, **options).to(dtype)
     # The dense matrix is linear in x: it is made once, and torch only multiplies.
     matrix = torch.from_numpy(_dense(ours, length)).to(dtype)

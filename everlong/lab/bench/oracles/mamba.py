@@ -23,9 +23,7 @@ def comparisons() -> Iterator[Comparison]:
     yield _compare("mambapy, other sizes", 33, _mambapy, **options)
 
 
-def _compare(
-    case: str, length: int, build: Callable[[Any], Callable[[Tensor], Tensor]], **options: object
-) -> Comparison:
+def _compare(case: str, length: int, build: Callable[[Any], Callable[[Tensor], Tensor]], **options: Any) -> Comparison:
     ours = make("mamba", width=24, **options)
     return Comparison(case, lambda x: ours(x)[0], build(ours), torch.randn(2, length, 24))
 
@@ -74,8 +72,8 @@ def _fill(theirs: Any, ours: Any) -> None:
         "in_proj.weight": torch.cat([ours.v.weight, ours.gate.weight]),
         "conv1d.weight": ours.v_conv.weight[:, None],
         "conv1d.bias": ours.v_conv.bias,
-        "x_proj.weight": torch.cat([ours.step_down.weight, ours.k.weight, ours.q.weight]),
-        "dt_proj.weight": ours.step_up.weight,
+        "x_proj.weight": torch.cat([ours.step[0].weight, ours.k.weight, ours.q.weight]),
+        "dt_proj.weight": ours.step[1].weight,
         "dt_proj.bias": ours.step_bias,
         "A_log": ours.log_rate,
         "D": ours.skip,

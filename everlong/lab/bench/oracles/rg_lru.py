@@ -20,7 +20,7 @@ def comparisons() -> Iterator[Comparison]:
     yield _continued()
 
 
-def _compare(case: str, length: int, **options: object) -> Comparison:
+def _compare(case: str, length: int, **options: Any) -> Comparison:
     ours = make("rg_lru", width=24, bias=True, **options)
     return Comparison(case, lambda x: ours(x)[0], _block(ours), torch.randn(2, length, 24))
 
