@@ -80,6 +80,31 @@ VARIANTS = {
         {"num_heads": 4, "num_groups": 2, "state_size": 7},
         {"num_heads": 3, "kernel": 2},
     ],
+    "mamba": [
+        {"expansion": 1.5, "state_size": 5, "kernel": 1, "step_rank": 1},
+        {"expansion": 0.5, "state_size": 1, "kernel": 2, "step_rank": 40, "bias": True},
+    ],
+    "lru": [
+        {"state_size": 7, "min_radius": 0.9, "max_radius": 0.999, "max_phase": 0.3},
+        {"state_size": 80},
+    ],
+    "rg_lru": [
+        {"hidden": 30, "num_heads": 5, "kernel": 1},
+        {"num_heads": 1, "kernel": 3, "bias": True},
+    ],
+    "rnn": [
+        {"hidden": 7},
+        {"initialization": "uniform", "output": "none"},
+        {"hidden": 50, "activation": "relu"},
+    ],
+    "lstm": [
+        {"hidden": 7},
+        {"initialization": "uniform", "output": "none", "forget_bias": 0.0},
+    ],
+    "gru": [
+        {"hidden": 7},
+        {"initialization": "uniform", "output": "none"},
+    ],
     "transnormer": [
         {"num_heads": 2, "position": "rope", "bias": True},
         {"num_heads": 3, "kind": "norm", "causal": False},
