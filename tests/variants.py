@@ -25,4 +25,12 @@ VARIANTS = {
         {"num_heads": 4, "num_groups": 2, "state_size": 7},
         {"num_heads": 3, "kernel": 2},
     ],
+    "s4d": [
+        {"state_size": 10, "initialization": "lin", "discretization": "bilinear"},
+        {"state_size": 2, "initialization": "inv", "bias": True, "smallest_step": 0.01, "largest_step": 0.5},
+    ],
+    "s4": [
+        {"state_size": 2, "bias": True},
+        {"state_size": 10, "smallest_step": 0.01, "largest_step": 0.5},
+    ],
 }
