@@ -22,14 +22,17 @@ import math
 import torch
 from jaxtyping import Complex, Float, Int
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from everlong.config import config
 from everlong.mixers.base import Cost, Mixer
 from everlong.mixers.s4d import S4D, complex_of, reals
 from everlong.nn.hippo import normal_plus_low_rank
 from everlong.nn.layers import exact
-from everlong.nn.state_space import CHUNK, System, SystemOptions
+from everlong.nn.state_space import System, SystemOptions
 from everlong.ops.spans import spans
+
+POLES = 1 << 17  # numbers in a tensor of poles and frequencies: the few that are in use stay in the last cache
 
 
 @config
@@ -93,6 +96,9 @@ class LowRank(System):
     A' x = diagonal * x - column (row . x).
     """
 
+    steps = 32
+    chunk = 32  # a longer one would need one more square of N x N numbers a channel
+
     def __init__(
         self,
         step: Float[Tensor, "D 1"],
@@ -110,24 +116,21 @@ class LowRank(System):
         self.column = 2 * gain * P / (1 - self.scaled)
         self.row = 2 * P.conj() * resolvent
         self.entry = 2 * resolvent * (B - gain * P * (self.row * B).real.sum(1, keepdim=True))
+        self.numbers = 2 * P.shape[1]
         self._squares: list[Tensor] = []
 
     def kernel(self, length: int) -> Float[Tensor, "D L"]:
         C = self.C - self._before(length)
         angle = torch.arange(length // 2 + 1, dtype=self.step.dtype, device=self.step.device) * (math.pi / length)
-        sine, cosine = angle.sin(), angle.cos()  # 1 - omega and 1 + omega over 2 e^(-i angle), the former over i
-        # Each pole with its conjugate: 1 / (i sine - cosine dt Lambda / 2) and its like make one fraction.
-        size = self.scaled.abs()[..., None]
-        poles = 1 / torch.complex(
-            (cosine * size - sine) * (cosine * size + sine), -2 * sine * cosine * self.scaled.real[..., None]
-        )
         products = torch.stack([C * self.B, C * self.P, self.P.conj() * self.B, self.P.conj() * self.P], 1)
-        weights = torch.cat([products.real, (products * self.scaled.conj()[:, None]).real], 1) * self.step[..., None]
-        first, second = (weights @ torch.view_as_real(poles).flatten(2)).unflatten(2, (-1, 2)).chunk(2, 1)
-        sums = 1j * sine * torch.view_as_complex(first.contiguous()) - cosine * torch.view_as_complex(
-            second.contiguous()
-        )
+        # Some channels at a time, computed again for the gradient: there are D N T / 4 poles.
+        count = max(1, POLES // (self.P.shape[1] * len(angle)))
+        parts = zip((self.step[..., None] / 2 * products).split(count), self.scaled.split(count), strict=True)
+        sums = torch.cat([checkpoint(cauchy, *part, angle, use_reentrant=False) for part in parts])
+        # With omega = e^(-2 i angle), k is cosine times the sums and 2 / (1 + omega) is e^(i angle) / cosine: what would
+        # be a division by 0 at omega = -1 cancels.
         CB, CP, PB, PP = sums.unbind(1)
+        cosine = angle.cos()
         transform = torch.polar(torch.ones_like(angle), angle) * (CB - cosine * CP * PB / (1 + cosine * PP))
         return torch.fft.irfft(transform, length)
 
@@ -149,9 +152,10 @@ class LowRank(System):
 
     def _many(self, x: Float[Tensor, "D n N"], steps: int, *, rows: bool = False) -> Float[Tensor, "D n N"]:
         """A'^steps x; with `rows`, x A'^steps."""
-        whole, rest = divmod(steps, CHUNK)
-        bits = [i for i in range(CHUNK.bit_length() - 1) if rest >> i & 1] + [CHUNK.bit_length() - 1] * whole
-        for i in bits:
+        largest = self.chunk.bit_length() - 1
+        bits = [i for i in range(largest) if steps >> i & 1]
+        # Beyond a chunk, one product with a vector after another is less work than another square.
+        for i in bits + [largest] * (steps >> largest):
             x = x @ (self._square(i) if rows else self._square(i).mT)
         return x
 
@@ -191,3 +195,17 @@ class LowRank(System):
                 outputs.append(torch.einsum("bdn,dn->bd", x, read)[:, None])
             ends.append(x)
         return torch.cat(outputs, 1), torch.cat(ends).transpose(0, 1)
+
+
+def cauchy(
+    products: Complex[Tensor, "D K P"], poles: Complex[Tensor, "D P"], angle: Float[Tensor, " F"]
+) -> Complex[Tensor, "D K F"]:
+    """The sums of products_n / (i sin(angle) - cos(angle) poles_n) over all poles, conjugates included."""
+    sine, cosine = angle.sin(), angle.cos()
+    # Each pole and its conjugate make one fraction, of two real polynomials in i sin and cos.
+    size = cosine * poles.abs()[..., None]
+    real, imag = (size - sine) * (size + sine), -2 * sine * cosine * poles.real[..., None]
+    inverse = torch.stack([real, -imag], 2) / (real * real + imag * imag)[:, :, None]
+    weights = 2 * torch.cat([products.real, (products * poles.conj()[:, None]).real], 1)
+    first, second = torch.complex(*(weights @ inverse.flatten(2)).chunk(2, 2)).chunk(2, 1)
+    return 1j * sine * first - cosine * second

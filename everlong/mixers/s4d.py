@@ -129,37 +129,51 @@ class S4D(Mixer):
 class Diagonal(System):
     """x_t = exp(log_transition) x_{t-1} + entry u_t and y_t = 2 Re(C x_t), with P = N/2 complex numbers a channel."""
 
+    steps = 4
+    chunk = 64
+
     def __init__(
         self, log_transition: Complex[Tensor, "D P"], entry: Complex[Tensor, "D P"], C: Complex[Tensor, "D P"]
     ) -> None:
         self.log_transition, self.entry, self.row = log_transition, entry, 2 * C
-        self._kept: dict[int, Tensor] = {}  # powers, by their exponents
-
-    def _powers(self, steps: Float[Tensor, " L"]) -> Complex[Tensor, "D L P"]:
-        return torch.exp(self.log_transition[:, None] * steps[:, None])
-
-    def _count(self, start: int, stop: int, by: int = 1) -> Float[Tensor, " L"]:
-        return torch.arange(start, stop, by, dtype=self.row.real.dtype, device=self.row.device)
+        self.numbers = 2 * C.shape[1]
+        self._kept: dict[int, Tensor] = {}
 
     def kernel(self, length: int) -> Float[Tensor, "D L"]:
-        near = math.isqrt(max(length - 1, 0)) + 1
-        far = reals((self.row * self.entry)[:, None] * self._powers(self._count(0, length, near)), conjugate=True)
-        return (far @ reals(self._powers(self._count(0, near))).mT).flatten(1)[:, :length]
+        far, near = self._factors(length)
+        rows = reals((self.row * self.entry)[:, None] * far, conjugate=True)
+        return (rows @ reals(near).mT).flatten(1)[:, :length]
 
     def reads(self, length: int) -> Float[Tensor, "D L N"]:
-        return reals(self.row[:, None] * self._powers(self._count(1, length + 1)), conjugate=True)
+        return reals(self.row[:, None] * self._powers(length)[:, 1:], conjugate=True)
 
     def writes(self, length: int) -> Float[Tensor, "D L N"]:
-        return reals(self.entry[:, None] * self._powers(self._count(0, length).flip(0)))
+        return reals(self.entry[:, None] * self._powers(length)[:, :-1]).flip(1)
 
     def advance(self, state: Float[Tensor, "D n N"], steps: int | Int[Tensor, " n"]) -> Float[Tensor, "D n N"]:
         if not isinstance(steps, int):
-            power = self._powers(steps.to(state.dtype))
+            power = self._power(steps)
         elif steps in self._kept:
-            power = self._kept[steps]
+            power = self._kept[steps][:, -1:]
         else:
-            power = self._kept[steps] = self._powers(self._count(steps, steps + 1))
+            power = self._power(torch.full((1,), steps, device=self.row.device))
         return reals(complex_of(state.unflatten(2, (-1, 2))) * power)
+
+    def _power(self, steps: Int[Tensor, " L"]) -> Complex[Tensor, "D L P"]:
+        return torch.exp(self.log_transition[:, None] * steps[:, None])
+
+    def _factors(self, length: int) -> tuple[Complex[Tensor, "D I P"], Complex[Tensor, "D J P"]]:
+        """Powers far and near, whose products are the first `length` ones and some more."""
+        near = math.isqrt(max(length - 1, 0)) + 1
+        steps = torch.arange(0, length, near, device=self.row.device)
+        return self._power(steps), self._power(torch.arange(near, device=self.row.device))
+
+    def _powers(self, length: int) -> Complex[Tensor, "D L_plus_1 P"]:
+        """The powers from 0 to `length`."""
+        if length not in self._kept:
+            far, near = self._factors(length + 1)
+            self._kept[length] = (far[:, :, None] * near[:, None]).flatten(1, 2)[:, : length + 1]
+        return self._kept[length]
 
     def loop(
         self, u: Float[Tensor, "B T D"], state: Float[Tensor, "D n N"], cu_seqlens: Int[Tensor, " N_plus_1"] | None

@@ -23,8 +23,6 @@ from everlong.config import config
 from everlong.ops import long_convolution
 from everlong.ops.chunks import Layout, plan
 
-CHUNK = 64  # tokens at most
-
 
 @config
 class SystemOptions:
@@ -62,8 +60,9 @@ class SystemOptions:
 class System(ABC):
     """A, B and C of D channels, discretised. States stand as `[D, n, N]`, so that products go channel by channel."""
 
-    steps = 1  # "auto": up to so many tokens, one after another
-    long = 1 << 62  # "auto": from so many on, by FFT
+    numbers: int  # N
+    steps: int  # up to so many tokens, one after another is fastest
+    chunk: int  # tokens of a chunk at most
 
     @abstractmethod
     def kernel(self, length: int) -> Float[Tensor, "D L"]:
@@ -95,40 +94,45 @@ def respond(
     cu_seqlens: Int[Tensor, " N_plus_1"] | None,
     form: str,
 ) -> tuple[Float[Tensor, "B T D"], Float[Tensor, "D n N"]]:
-    """The outputs and the last states of all sequences, from the states before them (None: 0), in one of the forms."""
+    """The outputs and the last states of all sequences, from the states before them (None: 0), in one of the forms.
+
+    "auto" does not take the FFT: chunks were as fast at every length from 64 to 16,384, and cannot mix past and future.
+    """
     count = u.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1
     average = u.shape[1] if cu_seqlens is None else -(-u.shape[1] // max(count, 1))
-    if form == "auto":
-        form = "recurrent" if average <= system.steps else "chunk" if average < system.long else "parallel"
-    if form == "recurrent":
-        width, numbers = system.writes(1).shape[0], system.writes(1).shape[2]
-        return system.loop(u, u.new_zeros(width, count, numbers) if state is None else state, cu_seqlens)
-    size = chunk_size(average)
-    layout, writes = plan(u.shape[0], u.shape[1], cu_seqlens, size), system.writes(size)
+    initial = u.new_zeros(u.shape[2], count, system.numbers) if state is None else state
+    if form == "recurrent" or (form == "auto" and average <= system.steps):
+        return system.loop(u, initial, cu_seqlens)
+    size = chunk_size(average, system.chunk)
+    layout = plan(u.shape[0], u.shape[1], cu_seqlens, size)
     if layout.count == 0:
-        return u, writes.new_zeros(len(writes), count, writes.shape[2]) if state is None else state
-    tokens = layout.chunks(u, u.shape[2], u.dtype).unflatten(0, (layout.count, -1)).transpose(0, 1)  # [D, M, size]
+        return u, initial
+    tokens, writes = _cut(u, layout), system.writes(size)
     added = tokens[:, : layout.rounds[-1].start] @ writes
-    if form == "chunk" or state is None:
-        initial = writes.new_zeros(len(writes), count, writes.shape[2]) if state is None else state
-        starts = seen = carried(system, added, initial, layout)
-    else:
-        seen = carried(system, None, state, layout)
-        starts = seen + carried(system, added, torch.zeros_like(state), layout)
-    last = _last(system, u, writes, starts, state, layout, cu_seqlens)
-    if form == "chunk":
-        y = tokens @ triangular(system.kernel(size)).mT + seen @ system.reads(size).mT
-        return layout.join(y.transpose(0, 1).flatten(0, 1), u.dtype), last
+    if form != "parallel":
+        starts = carried(system, added, initial, layout)
+        y = _join(tokens @ triangular(system.kernel(size)).mT + starts @ system.reads(size).mT, layout)
+        return y, _last(system, u, writes, starts, initial, layout, cu_seqlens)
+    starts = carried(system, added, torch.zeros_like(initial), layout)
     longest = u.shape[1] if cu_seqlens is None else int(cu_seqlens.diff().max())
     y = long_convolution(u, system.kernel(longest), cu_seqlens=cu_seqlens)
-    if state is not None:
-        y = y + layout.join((seen @ system.reads(size).mT).transpose(0, 1).flatten(0, 1), u.dtype)
-    return y, last
+    if state is not None:  # what it adds, as if there were no input
+        alone = carried(system, None, state, layout)
+        y, starts = y + _join(alone @ system.reads(size).mT, layout), starts + alone
+    return y, _last(system, u, writes, starts, initial, layout, cu_seqlens)
 
 
-def chunk_size(length: int) -> int:
-    """Tokens of a chunk: at most `CHUNK`, and such that the last one is nearly full."""
-    return max(1, -(-length // max(1, -(-length // CHUNK))))
+def _cut(u: Float[Tensor, "B T D"], layout: Layout) -> Float[Tensor, "D M size"]:
+    return layout.chunks(u, u.shape[2], u.dtype).unflatten(0, (layout.count, -1)).transpose(0, 1)
+
+
+def _join(y: Float[Tensor, "D M size"], layout: Layout) -> Float[Tensor, "B T D"]:
+    return layout.join(y.transpose(0, 1).flatten(0, 1), y.dtype)
+
+
+def chunk_size(length: int, largest: int) -> int:
+    """Tokens of a chunk, such that the last one is nearly full."""
+    return max(1, -(-length // max(1, -(-length // largest))))
 
 
 def triangular(kernel: Float[Tensor, "D L"]) -> Float[Tensor, "D L L"]:
@@ -141,46 +145,40 @@ def carried(
     system: System, added: Float[Tensor, "D M_full N"] | None, state: Float[Tensor, "D n N"], layout: Layout
 ) -> Float[Tensor, "D M N"]:
     """The states before each chunk, of which all but those of the last round add something to the state."""
-    current, starts = state if layout.order is None else state[:, layout.order], []
-    before: slice | None = None
-    for chunks in layout.rounds:
-        count = chunks.stop - chunks.start
-        current = current[:, :count]
-        if before is not None:
-            current = system.advance(current, layout.size)
-            if added is not None:
-                current = current + added[:, before.start : before.start + count]
-        starts.append(current)
-        before = chunks
+    current = state if layout.order is None else state[:, layout.order]
+    counts = [chunks.stop - chunks.start for chunks in layout.rounds]
+    starts = [current[:, : counts[0]]]
+    additions = [None] * (len(counts) - 1) if added is None else added.split(counts[:-1], 1)
+    for count, addition in zip(counts[1:], additions, strict=True):
+        current = system.advance(starts[-1][:, :count], layout.size)
+        starts.append(current if addition is None else current + addition[:, :count])
     return torch.cat(starts, 1)
 
 
 def _last(
     system: System,
-    u: Tensor,
-    writes: Tensor,
-    starts: Tensor,
-    state: Tensor | None,
+    u: Float[Tensor, "B T D"],
+    writes: Float[Tensor, "D L N"],
+    starts: Float[Tensor, "D M N"],
+    initial: Float[Tensor, "D n N"],
     layout: Layout,
-    cu_seqlens: Tensor | None,
+    cu_seqlens: Int[Tensor, " N_plus_1"] | None,
 ) -> Float[Tensor, "D n N"]:
-    """The states at the end: from those before the last chunks, which may be shorter."""
+    """The states at the end: from those before the last chunks, which may hold fewer tokens."""
     size = layout.size
     if cu_seqlens is None:
         rest = u.shape[1] - size * (len(layout.rounds) - 1)
         ends = u[:, -rest:].permute(2, 0, 1) @ writes[:, size - rest :]
-        first = starts[:, layout.rounds[-1]]
-        return ends if state is None and len(layout.rounds) == 1 else system.advance(first, rest) + ends
+        return system.advance(starts[:, layout.rounds[-1]], rest) + ends
     assert layout.order is not None
     lengths, stop = cu_seqlens.diff(), cu_seqlens[1:, None]
-    number = (lengths - 1).div(size, rounding_mode="floor").clamp_min(0)  # of the last chunk of each sequence
+    number = (lengths - 1).div(size, rounding_mode="floor").clamp_min(0)  # of a sequence's last chunk
     rest = lengths - number * size
-    rank = torch.empty_like(layout.order).index_copy_(0, layout.order, torch.arange(len(lengths), device=u.device))
-    begins = torch.tensor([chunks.start for chunks in layout.rounds], device=u.device)
-    chunk = (begins[number] + rank).clamp_max(layout.count - 1)
-    token = stop - size + torch.arange(size, device=u.device)
-    filled = token >= stop - rest[:, None]
-    ends = torch.where(filled[..., None], u[0, token.clamp_min(0)], 0.0).permute(2, 0, 1) @ writes
-    empty = (lengths == 0)[:, None]
-    first = torch.where(empty, 0.0 if state is None else state, starts[:, chunk])
-    return system.advance(first, rest) + ends
+    place = torch.arange(size, device=u.device)
+    token = stop - size + place
+    inside = place >= size - rest[:, None]
+    ends = torch.where(inside[..., None], u[0, token.clamp_min(0)], 0.0).permute(2, 0, 1) @ writes
+    rounds = torch.tensor([chunks.start for chunks in layout.rounds], device=u.device)
+    chunk = rounds[number] + layout.order.argsort()
+    before = torch.where((lengths == 0)[:, None], initial, starts[:, chunk.clamp_max(layout.count - 1)])
+    return system.advance(before, rest) + ends
