@@ -26,10 +26,10 @@ from torch.utils.checkpoint import checkpoint
 
 from everlong.config import config
 from everlong.mixers.base import Cost, Mixer
-from everlong.mixers.s4d import S4D, complex_of, reals
+from everlong.mixers.s4d import S4D
 from everlong.nn.hippo import normal_plus_low_rank
 from everlong.nn.layers import exact
-from everlong.nn.state_space import System, SystemOptions
+from everlong.nn.state_space import System, SystemOptions, complexes, reals
 from everlong.ops.spans import spans
 
 POLES = 1 << 17  # numbers in a tensor of poles and frequencies: the few that are in use stay in the last cache
@@ -62,11 +62,11 @@ class S4(S4D):
     def system(self) -> System:
         """The state space, sampled every `exp(log_step)`."""
         Lambda = torch.complex(-exact(self.log_rate).exp(), exact(self.frequency))
-        P, B, C = (complex_of(x) for x in (self.P, self.B, self.C))
+        P, B, C = (torch.view_as_complex(exact(x)) for x in (self.P, self.B, self.C))
         return LowRank(exact(self.log_step).exp()[:, None], Lambda, P, B, C)
 
     @classmethod
-    def cost(cls, config: Options, length: int) -> Cost:
+    def cost(cls, config: SystemOptions, length: int) -> Cost:
         d, n = config.width, config.state_size
         return Cost(
             flops_per_token=4 * d * d + 4 * d * n,
@@ -125,19 +125,20 @@ class LowRank(System):
         products = torch.stack([C * self.B, C * self.P, self.P.conj() * self.B, self.P.conj() * self.P], 1)
         # Some channels at a time, computed again for the gradient: there are D N T / 4 poles.
         count = max(1, POLES // (self.P.shape[1] * len(angle)))
-        parts = zip((self.step[..., None] / 2 * products).split(count), self.scaled.split(count), strict=True)
+        parts = zip(*(torch.split(x, count) for x in (self.step[..., None] / 2 * products, self.scaled)), strict=True)
         sums = torch.cat([checkpoint(cauchy, *part, angle, use_reentrant=False) for part in parts])
-        # With omega = e^(-2 i angle), k is cosine times the sums and 2 / (1 + omega) is e^(i angle) / cosine: what would
-        # be a division by 0 at omega = -1 cancels.
+        # With omega = e^(-2 i angle), k is cosine times the sums and 2 / (1 + omega) is e^(i angle) / cosine: what
+        # would be a division by 0 at omega = -1 cancels.
         CB, CP, PB, PP = sums.unbind(1)
         cosine = angle.cos()
         transform = torch.polar(torch.ones_like(angle), angle) * (CB - cosine * CP * PB / (1 + cosine * PP))
-        return torch.fft.irfft(transform, length)
+        kernel: Tensor = torch.fft.irfft(transform, length)
+        return kernel
 
     def _before(self, steps: int) -> Complex[Tensor, "D P"]:
         """C A'^steps."""
         row = self._many(reals(2 * self.C, conjugate=True)[:, None], steps, rows=True)[:, 0]
-        return complex_of(row.unflatten(1, (-1, 2))).conj() / 2
+        return complexes(row).conj() / 2
 
     def _square(self, i: int) -> Float[Tensor, "D N N"]:
         """A' to the power of 2^i, as a matrix of real numbers."""
@@ -189,7 +190,7 @@ class LowRank(System):
         for span in spans(u.shape[1], cu_seqlens):
             x = state.transpose(0, 1)[span.sequences]
             for t in range(span.start, span.stop):
-                kept = reals(diagonal * complex_of(x.unflatten(2, (-1, 2))))
+                kept = reals(diagonal * complexes(x))
                 fed_back = torch.einsum("bdn,dn->bd", x, row)
                 x = kept - fed_back[..., None] * column + u[:, t, :, None] * entry
                 outputs.append(torch.einsum("bdn,dn->bd", x, read)[:, None])

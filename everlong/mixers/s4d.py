@@ -26,7 +26,7 @@ from everlong.config import config
 from everlong.mixers.base import Context, Cost, Mixer, Traits, unpadded
 from everlong.nn.hippo import normal_plus_low_rank
 from everlong.nn.layers import exact
-from everlong.nn.state_space import System, SystemOptions, respond
+from everlong.nn.state_space import System, SystemOptions, complexes, reals, respond
 from everlong.ops import linear_scan
 from everlong.ops.chunks import without_autocast
 
@@ -77,7 +77,7 @@ class S4D(Mixer):
 
     def system(self) -> System:
         """The state space, sampled every `exp(log_step)`."""
-        A, C = torch.complex(-exact(self.log_rate).exp(), exact(self.frequency)), complex_of(self.C)
+        A, C = torch.complex(-exact(self.log_rate).exp(), exact(self.frequency)), torch.view_as_complex(exact(self.C))
         z = exact(self.log_step).exp()[:, None] * A
         if self.config.discretization == "zoh":
             return Diagonal(z, torch.expm1(z) / A, C)
@@ -95,7 +95,7 @@ class S4D(Mixer):
             memory = None if state is None else state.memory.to(u.dtype).flatten(2).transpose(0, 1)
             y, memory = respond(self.system(), u, memory, context.cu_seqlens, context.form)
             y = y + exact(self.skip) * u
-        return self._output(y.to(x.dtype)), State(memory.transpose(0, 1).unflatten(2, (-1, 2)))
+        return self._output(y.to(x.dtype)), State(torch.unflatten(memory.transpose(0, 1), 2, (-1, 2)))
 
     def _output(self, y: Float[Tensor, "*B D"]) -> Float[Tensor, "*B D"]:
         z = F.gelu(y)
@@ -103,7 +103,7 @@ class S4D(Mixer):
         return out
 
     @classmethod
-    def cost(cls, config: Options, length: int) -> Cost:
+    def cost(cls, config: SystemOptions, length: int) -> Cost:
         d, n = config.width, config.state_size
         return Cost(
             flops_per_token=4 * d * d + 6 * d * n,
@@ -121,9 +121,7 @@ class S4D(Mixer):
         for u in x:
             state = transition * state + entry * u[:, None]
             outputs.append(2 * (C * state).real.sum(1) + self.skip * u)
-        z = F.gelu(torch.stack(outputs))
-        y: Tensor = self.o(z) * torch.sigmoid(self.gate(z))
-        return y
+        return self._output(torch.stack(outputs))
 
 
 class Diagonal(System):
@@ -157,7 +155,7 @@ class Diagonal(System):
             power = self._kept[steps][:, -1:]
         else:
             power = self._power(torch.full((1,), steps, device=self.row.device))
-        return reals(complex_of(state.unflatten(2, (-1, 2))) * power)
+        return reals(complexes(state) * power)
 
     def _power(self, steps: Int[Tensor, " L"]) -> Complex[Tensor, "D L P"]:
         return torch.exp(self.log_transition[:, None] * steps[:, None])
@@ -178,27 +176,16 @@ class Diagonal(System):
     def loop(
         self, u: Float[Tensor, "B T D"], state: Float[Tensor, "D n N"], cu_seqlens: Int[Tensor, " N_plus_1"] | None
     ) -> tuple[Float[Tensor, "B T D"], Float[Tensor, "D n N"]]:
-        added = u[..., None] * reals(self.entry)
-        transition = torch.view_as_real(torch.exp(self.log_transition)).flatten(0, 1).expand(*u.shape[:2], -1, -1)
+        added = (u[..., None] * reals(self.entry)).flatten(2)
+        transition = torch.view_as_real(torch.exp(self.log_transition)).flatten(0, 1)
         states, last = linear_scan(
-            transition,
-            added.flatten(2).unflatten(2, (-1, 2)),
-            initial_state=state.transpose(0, 1).flatten(1).unflatten(1, (-1, 2)),
+            transition.expand(*u.shape[:2], -1, -1),
+            torch.unflatten(added, 2, (-1, 2)),
+            initial_state=torch.unflatten(state.transpose(0, 1).flatten(1), 1, (-1, 2)),
             cu_seqlens=cu_seqlens,
         )
-        seen = states.flatten(2).unflatten(2, (u.shape[2], -1))
-        y = torch.einsum("btdn,dn->btd", seen, reals(self.row, conjugate=True))
-        return y, last.flatten(1).unflatten(1, (u.shape[2], -1)).transpose(0, 1)
-
-
-def complex_of(pairs: Float[Tensor, "*B 2"]) -> Complex[Tensor, "*B"]:
-    """Pairs of real and imaginary part as complex numbers, of float32 at least."""
-    return torch.view_as_complex(exact(pairs).contiguous())
-
-
-def reals(x: Complex[Tensor, "*B P"], *, conjugate: bool = False) -> Float[Tensor, "*B N"]:
-    """Complex numbers as twice as many real ones. The product of x's with the conjugate's of c is Re(c x)."""
-    return torch.view_as_real(x.conj().resolve_conj() if conjugate else x.resolve_conj()).flatten(-2)
+        states, last = (torch.unflatten(x.flatten(-2), -1, (u.shape[2], -1)) for x in (states, last))
+        return torch.einsum("btdn,dn->btd", states, reals(self.row, conjugate=True)), last.transpose(0, 1)
 
 
 def initial_frequencies(initialization: str, pairs: int) -> Float[Tensor, " P"]:

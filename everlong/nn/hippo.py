@@ -99,7 +99,7 @@ class Coefficients(NamedTuple):
     """What is kept of a signal."""
 
     values: Float[Tensor, "*B N"]
-    count: int  # samples seen
+    seen: int  # samples
 
 
 @dataclass(frozen=True)
@@ -138,12 +138,12 @@ class Memory:
             past = Coefficients(signal.new_zeros(*signal.shape[:-1], self.order, dtype=torch.float64), 0)
         values, trail = past.values, []
         steady = None if self.measure == "legs" else self._steady_step()
-        for count, u in enumerate(signal.double().unbind(-1), past.count):
+        for count, u in enumerate(signal.double().unbind(-1), past.seen):
             transition, entry = (m.to(signal.device) for m in steady or self._scaled_step(count))
             values = values @ transition.mT + u[..., None] * entry
             trail.append(values)
         kept = torch.stack(trail, -2) if trail else values[..., None, :][..., :0, :]
-        return Coefficients(values, past.count + signal.shape[-1]), kept
+        return Coefficients(values, past.seen + signal.shape[-1]), kept
 
     def reconstruct(self, past: Coefficients, length: int) -> Float[Tensor, "*B length"]:
         """The last `length` samples as they are remembered, each at the middle of its interval.
@@ -151,11 +151,11 @@ class Memory:
         Raises:
             ValueError: there were not so many samples, or the window has left them behind.
         """
-        longest = int(min(past.count, self.reach))
+        longest = int(min(past.seen, self.reach))
         if not 0 <= length <= longest:
             raise ValueError(f"`length` is at most {longest}, the samples that are remembered: got {length}")
         age = torch.arange(length - 1, -1, -1, dtype=torch.float64, device=past.values.device) + 0.5
-        return past.values @ self.basis(age, past.count).mT
+        return past.values @ self.basis(age, past.seen).mT
 
     def basis(self, age: Float[Tensor, " T"], count: int) -> Float[Tensor, "T N"]:
         """What each coefficient contributes to the signal `age` samples ago, when `count` were seen."""

@@ -15,7 +15,7 @@ Cost      FLOPs a token, forward: "chunk" D (2 size + 4 N); "parallel" 2 D N + O
 from abc import ABC, abstractmethod
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Complex, Float, Int
 from torch import Tensor
 from torch.nn.functional import pad
 
@@ -99,11 +99,10 @@ def respond(
     "auto" does not take the FFT: chunks were as fast at every length from 64 to 16,384, and cannot mix past and future.
     """
     count = u.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1
-    average = u.shape[1] if cu_seqlens is None else -(-u.shape[1] // max(count, 1))
     initial = u.new_zeros(u.shape[2], count, system.numbers) if state is None else state
-    if form == "recurrent" or (form == "auto" and average <= system.steps):
+    if form == "recurrent" or (form == "auto" and u.shape[1] <= system.steps):
         return system.loop(u, initial, cu_seqlens)
-    size = chunk_size(average, system.chunk)
+    size = chunk_size(u.shape[1] if cu_seqlens is None else -(-u.shape[1] // max(count, 1)), system.chunk)
     layout = plan(u.shape[0], u.shape[1], cu_seqlens, size)
     if layout.count == 0:
         return u, initial
@@ -123,7 +122,7 @@ def respond(
 
 
 def _cut(u: Float[Tensor, "B T D"], layout: Layout) -> Float[Tensor, "D M size"]:
-    return layout.chunks(u, u.shape[2], u.dtype).unflatten(0, (layout.count, -1)).transpose(0, 1)
+    return torch.unflatten(layout.chunks(u, u.shape[2], u.dtype), 0, (layout.count, -1)).transpose(0, 1)
 
 
 def _join(y: Float[Tensor, "D M size"], layout: Layout) -> Float[Tensor, "B T D"]:
@@ -148,10 +147,10 @@ def carried(
     current = state if layout.order is None else state[:, layout.order]
     counts = [chunks.stop - chunks.start for chunks in layout.rounds]
     starts = [current[:, : counts[0]]]
-    additions = [None] * (len(counts) - 1) if added is None else added.split(counts[:-1], 1)
+    additions = [None] * (len(counts) - 1) if added is None else torch.split(added, counts[:-1], 1)
     for count, addition in zip(counts[1:], additions, strict=True):
-        current = system.advance(starts[-1][:, :count], layout.size)
-        starts.append(current if addition is None else current + addition[:, :count])
+        kept = system.advance(starts[-1][:, :count], layout.size)
+        starts.append(kept if addition is None else kept + addition[:, :count])
     return torch.cat(starts, 1)
 
 
@@ -167,9 +166,9 @@ def _last(
     """The states at the end: from those before the last chunks, which may hold fewer tokens."""
     size = layout.size
     if cu_seqlens is None:
-        rest = u.shape[1] - size * (len(layout.rounds) - 1)
-        ends = u[:, -rest:].permute(2, 0, 1) @ writes[:, size - rest :]
-        return system.advance(starts[:, layout.rounds[-1]], rest) + ends
+        left = u.shape[1] - size * (len(layout.rounds) - 1)
+        ends = u[:, -left:].permute(2, 0, 1) @ writes[:, size - left :]
+        return system.advance(starts[:, layout.rounds[-1]], left) + ends
     assert layout.order is not None
     lengths, stop = cu_seqlens.diff(), cu_seqlens[1:, None]
     number = (lengths - 1).div(size, rounding_mode="floor").clamp_min(0)  # of a sequence's last chunk
@@ -178,7 +177,17 @@ def _last(
     token = stop - size + place
     inside = place >= size - rest[:, None]
     ends = torch.where(inside[..., None], u[0, token.clamp_min(0)], 0.0).permute(2, 0, 1) @ writes
-    rounds = torch.tensor([chunks.start for chunks in layout.rounds], device=u.device)
-    chunk = rounds[number] + layout.order.argsort()
+    first = torch.tensor([chunks.start for chunks in layout.rounds], device=u.device)
+    chunk = first[number] + layout.order.argsort()
     before = torch.where((lengths == 0)[:, None], initial, starts[:, chunk.clamp_max(layout.count - 1)])
     return system.advance(before, rest) + ends
+
+
+def reals(x: Complex[Tensor, "*B P"], *, conjugate: bool = False) -> Float[Tensor, "*B N"]:
+    """Complex numbers as twice as many real ones. The product of x's with those of c's conjugate is Re(c x)."""
+    return torch.view_as_real((x.conj() if conjugate else x).resolve_conj()).flatten(-2)
+
+
+def complexes(x: Float[Tensor, "*B N"]) -> Complex[Tensor, "*B P"]:
+    """The inverse of `reals`."""
+    return torch.view_as_complex(torch.unflatten(x, -1, (-1, 2)).contiguous())
