@@ -16,8 +16,9 @@ Deviates  A has the sign of the state equation above, so that it is stable; the 
 """
 
 import functools
+import math
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, get_args
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -26,11 +27,11 @@ from torch import Tensor
 
 from everlong.config import unknown
 
-Measure = Literal["legs", "legt", "lagt"]
-Rule = Literal["forward", "backward", "bilinear", "zoh"]
 Step = tuple[Float[Tensor, "N N"], Float[Tensor, " N"]]  # c_k = step[0] c_{k-1} + step[1] u_k
 
+MEASURES = ("legs", "legt", "lagt")
 IMPLICIT = {"forward": 0.0, "bilinear": 0.5, "backward": 1.0}  # the new state's part in the slope
+RULES = (*IMPLICIT, "zoh")
 
 
 def legs(order: int) -> tuple[Float[Tensor, "N N"], Float[Tensor, " N"]]:
@@ -66,11 +67,11 @@ def lagt(
         (1 + beta) / 2
     )
     norm = torch.exp((torch.lgamma(n + alpha + 1) - torch.lgamma(n + 1)) / 2)
-    at_zero = torch.exp(torch.lgamma(n + alpha + 1) - torch.lgamma(n + 1) - torch.lgamma(torch.tensor(alpha + 1.0)))
+    at_zero = torch.exp(torch.lgamma(n + alpha + 1) - torch.lgamma(n + 1) - math.lgamma(alpha + 1))
     return matrix * norm / norm[:, None] / window, at_zero / norm / window
 
 
-def discretize(A: Float[Tensor, "N N"], B: Float[Tensor, " N"], step: float, rule: Rule = "zoh") -> Step:
+def discretize(A: Float[Tensor, "N N"], B: Float[Tensor, " N"], step: float, rule: str = "zoh") -> Step:
     """c_k = A' c_{k-1} + B' u_k for c' = A c + B u with samples that are `step` apart.
 
     Args:
@@ -80,8 +81,8 @@ def discretize(A: Float[Tensor, "N N"], B: Float[Tensor, " N"], step: float, rul
     Raises:
         ValueError: no such rule.
     """
-    if rule not in get_args(Rule):
-        raise unknown("rule", rule, get_args(Rule))
+    if rule not in RULES:
+        raise unknown("rule", rule, RULES)
     eye = torch.eye(len(A), dtype=A.dtype, device=A.device)
     if rule == "zoh":
         # The input as one more state that never changes: no inverse of A is needed.
@@ -112,14 +113,14 @@ class Memory:
     """
 
     order: int
-    measure: Measure = "legs"
+    measure: str = "legs"
     window: float = 256.0
-    rule: Rule = "zoh"
+    rule: str = "zoh"
 
     def __post_init__(self) -> None:
-        for name, kind in (("measure", Measure), ("rule", Rule)):
-            if getattr(self, name) not in get_args(kind):
-                raise unknown(name, getattr(self, name), get_args(kind))
+        for name, value, known in (("measure", self.measure, MEASURES), ("rule", self.rule, RULES)):
+            if value not in known:
+                raise unknown(name, value, known)
         if self.order < 1 or not self.window > 0:
             raise ValueError(
                 f"`order` is at least 1 and `window` positive: got order={self.order}, window={self.window}"

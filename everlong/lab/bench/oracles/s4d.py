@@ -1,6 +1,7 @@
 """S4D against scipy's discretisation of the whole state space, conjugates included, stepped as a dense matrix."""
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -50,7 +51,7 @@ def dense(x: Tensor, A: Tensor, B: Tensor, C: Tensor, step: Tensor, rule: str) -
     return torch.stack(found, 2)
 
 
-def glu(made: torch.nn.Module, y: Tensor) -> Tensor:
+def glu(made: Any, y: Tensor) -> Tensor:
     """The layer's output from that of the state space."""
     z = torch.nn.functional.gelu(y)
     out: Tensor = torch.nn.functional.glu(torch.cat([made.o(z), made.gate(z)], -1))
