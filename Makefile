@@ -46,5 +46,5 @@ clean:
 # fla-core holds the slow functions that the operators are compared with; what it needs itself is for GPUs.
 .venv/dev.stamp: .venv/core.stamp
 	$(PIP) install -c constraints.txt -e '.[dev]'
-	$(PIP) install -c constraints.txt --no-deps fla-core
+	$(PIP) install -c constraints.txt --no-deps fla-core torchscale performer-pytorch local-attention hyper-connections torch-einops-utils axial-positional-embedding
 	touch $@

@@ -41,8 +41,8 @@ def from_dict(cls: type[T], values: Mapping[str, Any]) -> T:
 
 
 def label(cls: type) -> str:
-    """What a config is called in messages: its qualified place for the `Options` of a mixer, its name otherwise."""
-    return cls.__module__.rpartition(".")[2] if cls.__name__ == "Options" else cls.__name__
+    """What a config is called in messages: its file for the `Options` of a mixer, its owner for `RopeOptions`."""
+    return cls.__name__.removesuffix("Options") or cls.__module__.rpartition(".")[2]
 
 
 # By how pydantic's names of errors begin: the rule in words, where its own message speaks of parsing.

@@ -67,11 +67,15 @@ def _mixer(name: str) -> dict[str, object]:
         [(field["name"], field["type"], field["default"], field["help"]) for field in fields],
         title=f"Options, given as --mixer {name}:option=value; `width` is the model's",
     )
+    told = describe(name)
+    if told["position_encodings"]:
+        print(f"\nPosition encodings: {', '.join(told['position_encodings'])}. Options of one stand behind its name:")
+        print(f"--mixer {name}:position=rope:position.scaling=yarn:position.factor=4 (docs/positions.md)")
     print()
     _show_costs(costs, f"Cost of one layer of width {WIDTH}")
     return {
         "kind": "mixer",
-        **describe(name),
+        **told,
         "header": header,
         "classes": classes,
         "options": fields,

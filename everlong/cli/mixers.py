@@ -9,6 +9,7 @@ from everlong.cli import console
 from everlong.config import config
 from everlong.lab.bench import comparison
 from everlong.lab.bench.result import stored
+from everlong.nn import positions
 from everlong.ops.dispatch import FORMS
 
 GROWTH = {"constant": "constant", "window": "up to a window", "linear": "with the length"}
@@ -38,7 +39,7 @@ def run(arguments: Arguments) -> dict[str, object]:
                 ", ".join(mixer["forms"]),
                 ", ".join(mixer["directions"]),
                 GROWTH[mixer["growth"]],
-                ", ".join(mixer["positions"]) or "-",
+                ", ".join(mixer["position_encodings"]) or "-",
                 "-" if mixer["largest_relative_error"] is None else f"{mixer['largest_relative_error']:.0e}",
             )
             for mixer in found
@@ -62,6 +63,7 @@ def describe(name: str) -> dict[str, Any]:
         "directions": [way for way, has in (("causal", traits.causal), ("bidirectional", traits.bidirectional)) if has],
         "growth": traits.growth,
         "positions": sorted(traits.positions),
+        "position_encodings": positions.fitting(traits.positions) if traits.positions else [],
         "trees": traits.trees,
         "owns_feed_forward": traits.owns_feed_forward,
         "oracle": oracle,

@@ -23,6 +23,7 @@ from everlong.data.packing import Progress as Preparing
 from everlong.data.packing import prepare
 from everlong.data.tokenizer import Tokenizer
 from everlong.models.lm import LanguageModel, Layer, ModelConfig
+from everlong.nn.positions import Position
 from everlong.train import beginning, checkpoint, signals
 from everlong.train import folder as places
 from everlong.train.checkpoint import Checkpoint
@@ -31,7 +32,7 @@ from everlong.train.settings import TrainConfig
 
 # What may be given anew with --resume: none of it changes what an update computes.
 FREE = frozenset({"steps", "evaluate_every", "evaluate_tokens", "final_tokens", "checkpoint_every", "keep", "on_nan"})
-SHAPE = ("width", "num_layers", "learned_positions")  # options that are the model's
+SHAPE = ("width", "num_layers", "learned_positions", "positions")  # options that are the model's
 NEW_DATA = ".data.new"  # where a source is prepared while the run that is overwritten still has its own
 
 
@@ -58,6 +59,8 @@ class Arguments(TrainConfig):
     """Blocks of a mixer and a feed-forward."""
     learned_positions: int | None = None
     """A learned vector for each of so many positions, added to the embedding; no longer text can then be read."""
+    positions: str | None = None
+    """Encoding of positions that meets the embedding, with options after colons: learned:length=512, sinusoidal."""
     vocab_size: int = 4096
     """Of the tokenizer that is trained where --data is not prepared yet."""
     text_field: str = "text"
@@ -135,13 +138,19 @@ def _shape(arguments: Arguments, vocab_size: int) -> ModelConfig:
     """The shape of a new model."""
     if (arguments.mixer is None) == (not arguments.layers):
         raise ValueError("needs `--mixer NAME` or `--layers a,b,...`, one of them; `everlong mixers` lists the mixers")
-    asked = {name: getattr(arguments, name) for name in SHAPE}
+    asked = {name: _asked(arguments, name) for name in SHAPE}
     return from_dict(ModelConfig, {"vocab_size": vocab_size, "layers": _layers(arguments), **asked})
 
 
 def _layers(arguments: Arguments) -> tuple[Layer, ...]:
     """The mixers that were asked for, none where the run has them already."""
     return tuple(parse_layer(layer) for layer in arguments.layers or ((arguments.mixer,) if arguments.mixer else ()))
+
+
+def _asked(arguments: Arguments, name: str) -> Any:
+    """What an option asks for; options of an encoding of positions stand behind its name."""
+    value = getattr(arguments, name)
+    return parse_positions(value) if name == "positions" and value is not None else value
 
 
 def _check_shape(arguments: Arguments, shape: ModelConfig, whose: str) -> None:
@@ -179,24 +188,49 @@ def _resume(arguments: Arguments, folder: Path) -> tuple[LanguageModel, Dataset,
 def parse_layer(text: str) -> Layer:
     """A mixer's name with options after colons: "attention:window=128". The name may be "package.module:Class".
 
+    An option that has options itself is given with a point: "attention:position=rope:position.base=500000".
+
     Raises:
         ValueError: an option is not written as key=value, or is given twice.
     """
     name, *options = text.split(":")
     if options and "=" not in options[0] and name not in mixers.names():
         name = f"{name}:{options.pop(0)}"
+    values = _pairs(options, "layer", text)
+    if "mixer" in values:
+        raise ValueError(f"a layer has one mixer, which stands first: got `mixer={values['mixer']}` in `{text}`")
+    for key in [key for key in values if "." in key]:
+        owner, _, inner = key.partition(".")
+        if owner not in values:
+            raise ValueError(f"`{key}` is an option of what `{owner}` names: add {owner}=NAME to `{text}`")
+        if not isinstance(values[owner], dict):
+            values[owner] = {owner: values[owner]}
+        values[owner][inner] = values.pop(key)
+    return {"mixer": name, **values} if values else name
+
+
+def parse_positions(text: str) -> Position:
+    """An encoding of positions with options after colons: "learned:length=512".
+
+    Raises:
+        ValueError: an option is not written as key=value, or is given twice.
+    """
+    name, *options = text.split(":")
+    return {"position": name, **_pairs(options, "position encoding", text)} if options else name
+
+
+def _pairs(options: list[str], kind: str, text: str) -> dict[str, Any]:
+    """Options written as key=value, each once."""
     values: dict[str, Any] = {}
     for option in options:
         key, equals, value = option.partition("=")
         key = key.replace("-", "_")
         if not key or not equals:
-            raise ValueError(f"an option of a layer is written as key=value: got `{option}` in `{text}`")
-        if key == "mixer":
-            raise ValueError(f"a layer has one mixer, which stands first: got `{option}` in `{text}`")
+            raise ValueError(f"an option of a {kind} is written as key=value: got `{option}` in `{text}`")
         if key in values:
-            raise ValueError(f"an option of a layer must be given once: `{key}` is given twice in `{text}`")
+            raise ValueError(f"an option of a {kind} must be given once: `{key}` is given twice in `{text}`")
         values[key] = _value(value)
-    return {"mixer": name, **values} if values else name
+    return values
 
 
 def _value(text: str) -> Any:
@@ -214,7 +248,7 @@ def _note(line: str) -> None:
 def _changes(arguments: Arguments, recorded: dict[str, Any], free: frozenset[str]) -> dict[str, Any]:
     """What was given anew: not the default, and not as recorded. ValueError where that is not among `free`."""
     usual = {field.name: field.default for field in dataclasses.fields(Arguments)}
-    given = {name: getattr(arguments, name) for name in recorded}
+    given = {name: _asked(arguments, name) for name in recorded}
     anew = {name: value for name, value in given.items() if value not in (usual[name], recorded[name])}
     for name in anew.keys() - free:
         raise ValueError(

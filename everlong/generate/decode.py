@@ -121,7 +121,9 @@ def _steps(
     for _, options in model.config.pattern():
         if not getattr(options, "causal", True):
             raise ValueError("a model with a layer of `causal=False` sees the tokens to come: it generates none")
-    known, longest = model.config.learned_positions, max(map(len, prompts))
+    if model.config.embedding_looks_ahead:
+        raise ValueError(f"a model with positions={model.config.positions} sees the tokens to come: it generates none")
+    known, longest = model.config.position_limit, max(map(len, prompts))
     if known is not None and longest + max_new_tokens - 1 > known:
         raise ValueError(
             f"the model has learned {known:,} positions: got a prompt of {longest:,} tokens, and {max_new_tokens:,} "

@@ -139,6 +139,7 @@ class EverlongForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[no-
 
     hidden = LanguageModel.hidden
     mix = LanguageModel.mix
+    _through = LanguageModel._through
     logits = LanguageModel.logits
     init_state = LanguageModel.init_state
 
@@ -160,14 +161,20 @@ class EverlongForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[no-
         for each module that still owns others; of the missing weights it has warned by then.
         """
         place = next((name for name, part in self.named_modules() if part is module), "")
-        if not place.startswith("blocks."):
+        if not place.startswith(("blocks.", "positions")):
             super()._init_weights(module)  # type: ignore[no-untyped-call]
             return
-        _, layer, *inside = place.split(".")
-        shape = self.config.model_config()
-        mixer, options = shape.pattern()[int(layer)]
-        block = Block(shape, mixer(options, layer=int(layer), depth=shape.num_layers))
-        own = block.get_submodule(".".join(inside))
+        shape, whole = self.config.model_config(), nn.Module()
+        if place.startswith("positions"):
+            asked = shape.embedding_positions
+            assert asked is not None
+            whole.positions = shape.encoding(asked)
+            inside = place
+        else:
+            _, layer, inside = f"{place}.".split(".", 2)
+            mixer, options = shape.pattern()[int(layer)]
+            whole = Block(shape, mixer(options, layer=int(layer), depth=shape.num_layers))
+        own = whole.get_submodule(inside.removesuffix("."))
         for name, value in (*own.named_parameters(recurse=False), *own.named_buffers(recurse=False)):
             init.copy_(getattr(module, name), value)  # which leaves alone what was read
 

@@ -87,7 +87,8 @@ def _drawn(panel: Panel, left: float, right: float, x_label: str) -> list[str]:
         for (name, line), color in zip(group.items(), COLORS, strict=False):
             path = " ".join(f"{x:.1f},{y:.1f}" for x, y in (place(*point) for point in line))
             parts.append(f'<polyline points="{path}" fill="none" stroke="{color}" {stroke}/>')
-            labels.append((place(*line[-1])[1], name, color if group is lines else ""))
+            if group is lines or name not in lines:  # what is drawn behind its own line needs no second label
+                labels.append((place(*line[-1])[1], name, color if group is lines else ""))
     for (name, level), color in zip(panel.levels.items(), COLORS[len(lines) :], strict=False):
         _, y = place(0, level)
         parts.append(

@@ -3,17 +3,20 @@
     o_t = sum_s softmax_s(q_t^T k_s / sqrt(K) + bias(t, s)) v_s                              (section 3.2.1)
 
 Shapes    x [B, T, D] -> y [B, T, D];  q [B, T, H, K];  k, v [B, S, G, K] with G <= H heads shared by groups of queries
-State     keys and values of all tokens so far, or of the last `window - 1`: 8 G K bytes a token, and a count
-Cost      FLOPs a token: 4 D K (H + G) for the projections + 4 H K S for the S tokens that it sees
+State     keys and values of all tokens so far, or of the last `window - 1`: 8 G K bytes a token, and a count; 8 more
+          bytes a token for its position where an encoding needs that when keys are read
+Cost      FLOPs a token: 4 D K (H + G) for the projections + 4 H K S for the S tokens that it sees, and what an encoding
+          of positions multiplies (its `flops`)
 Source    Vaswani et al. 2017, "Attention Is All You Need", arXiv 1706.03762; grouped heads: Ainslie et al. 2023,
           arXiv 2305.13245; normalised queries and keys: Henry et al. 2020, arXiv 2010.04245
-Deviates  positions act on queries, keys or scores, not on the embedding; norms of q and k have one weight for all heads
+Deviates  positions act on queries, keys, scores or values (nn/positions), those of the embedding are the model's; norms
+          of q and k have one weight for all heads
 """
 
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Shaped
 from torch import Tensor, nn
 
 from everlong.config import config, divisible
@@ -21,7 +24,6 @@ from everlong.mixers.base import Context, Cost, HeadOptions, Mixer, Traits, unpa
 from everlong.nn import positions
 from everlong.nn.cache import append
 from everlong.nn.layers import HeadNorm
-from everlong.ops import softmax_attention
 
 
 class State(NamedTuple):
@@ -29,6 +31,7 @@ class State(NamedTuple):
 
     keys: Float[Tensor, "N S G K"]
     values: Float[Tensor, "N S G K"]
+    positions: Int[Tensor, "N P"]  # of the keys; P is 0 where nobody asks for them
     length: Int[Tensor, " N"]  # tokens seen, those that a window has dropped included
 
 
@@ -42,7 +45,8 @@ class Options(HeadOptions):
     """A token sees this many tokens, itself included; None: all."""
     qk_norm: bool = False
     """RMS-normalise queries and keys, which keeps scores bounded."""
-    position: str = "rope"
+    position: positions.Position = "rope"
+    """Encoding of positions: a name, or a mapping with its options, {"position": "rope", "base": 500000}."""
     causal: bool = True
     bias: bool = False
 
@@ -51,10 +55,23 @@ class Options(HeadOptions):
         divisible("num_heads", self.heads, "num_kv_heads", self.kv_heads)
         if self.window is not None and self.window < 1:
             raise ValueError(f"`window` must be at least 1 (the token itself): got {self.window}")
+        with torch.device("meta"):
+            self.encoding()
 
     @property
     def kv_heads(self) -> int:
         return self.heads if self.num_kv_heads is None else self.num_kv_heads
+
+    def encoding(self) -> positions.PositionEncoding:
+        """The encoding of positions, with first weights."""
+        return positions.attach(
+            self.position,
+            num_heads=self.heads,
+            size=self.head_size,
+            offered=Attention.traits.positions,
+            mixer="attention",
+            causal=self.causal,
+        )
 
 
 class Attention(Mixer):
@@ -66,7 +83,7 @@ class Attention(Mixer):
         causal=True,
         bidirectional=True,
         growth="linear",
-        positions=frozenset({"rotation", "score bias"}),
+        positions=frozenset({"rotation", "late rotation", "score bias", "score", "value"}),
     )
 
     def __init__(self, config: Options, *, layer: int = 0, depth: int = 1) -> None:
@@ -78,18 +95,12 @@ class Attention(Mixer):
         self.o = nn.Linear(config.width, config.width, bias=config.bias)
         self.q_norm = HeadNorm(1, config.head_size) if config.qk_norm else nn.Identity()
         self.k_norm = HeadNorm(1, config.head_size) if config.qk_norm else nn.Identity()
-        self.position = positions.attach(
-            config.position,
-            num_heads=config.heads,
-            size=config.head_size,
-            offered=self.traits.positions,
-            mixer="attention",
-        )
+        self.position = config.encoding()
 
     def init_state(self, batch: int) -> State:
         c = self.config
         empty = self.new_state(batch, 0, c.kv_heads, c.head_size)
-        return State(empty, empty, self.new_state(batch, dtype=torch.long))
+        return State(empty, empty, self.new_state(batch, 0, dtype=torch.long), self.new_state(batch, dtype=torch.long))
 
     @unpadded
     def forward(
@@ -97,37 +108,57 @@ class Attention(Mixer):
     ) -> tuple[Float[Tensor, "B T D"], State]:
         past = state if state is not None and self.config.causal else None
         where = context.count_from(None if past is None else past.length, x)
-        q, k, v = (project(x).unflatten(-1, (-1, self.config.head_size)) for project in (self.q, self.k, self.v))
-        q = self.position.rotate(self.q_norm(q), where).to(v.dtype)
-        k = self.position.rotate(self.k_norm(k), where).to(v.dtype)
+        q, k, v = self._queries(x), self._keys(x), self.v(x).unflatten(-1, (-1, self.config.head_size))
+        q = self.position.rotate(q, where).to(v.dtype) if self._turns else q.to(v.dtype)
+        k = self.position.rotate(k, where).to(v.dtype) if self._turns else k.to(v.dtype)
         if past is None:
-            o = self._attend(q, k, v, context=context)
+            o = self._attend(q, k, v, where, where, context, counted=context.positions is None)
             if context.cu_seqlens is not None:
-                k, v = unpack(k, context.cu_seqlens), unpack(v, context.cu_seqlens)
-            state = State(self._recent(k), self._recent(v), context.lengths(x))
+                k, v, where = (unpack(t, context.cu_seqlens) for t in (k, v, where))
+            places = where.expand(len(k), -1) if self._places else where.new_zeros(len(k), 0)
+            state = self._state(k, v, places, context.lengths(x))
         elif context.cu_seqlens is None:
-            o, state = self._continue(q, k, v, past, context)
+            o, state = self._continue(q, k, v, where.expand(len(q), -1), past, context)
         else:
             cu_seqlens = context.cu_seqlens
-            padded = [unpack(t, cu_seqlens) for t in (q, k, v)]
+            padded = [unpack(t, cu_seqlens) for t in (q, k, v, where)]
             o, state = self._continue_ragged(*padded, past=past, lengths=cu_seqlens.diff(), context=context)
             o = o[unpack(torch.ones_like(x[..., 0], dtype=torch.bool), cu_seqlens)][None]
         return self.o(o.flatten(-2)), state
 
+    @property
+    def _turns(self) -> bool:
+        """Whether queries and keys are rotated before they meet, and kept so."""
+        return "rotation" in self.position.hooks
+
+    @property
+    def _places(self) -> bool:
+        """Whether the positions of keys are asked for when they are read."""
+        return bool(self.position.hooks & positions.READING)
+
+    def _queries(self, x: Float[Tensor, "B T D"]) -> Float[Tensor, "B T H K"]:
+        q: Tensor = self.q_norm(self.q(x).unflatten(-1, (-1, self.config.head_size)))
+        return q
+
+    def _keys(self, x: Float[Tensor, "B T D"]) -> Float[Tensor, "B T G K"]:
+        k: Tensor = self.k_norm(self.k(x).unflatten(-1, (-1, self.config.head_size)))
+        return k
+
     def _continue(
-        self, q: Tensor, k: Tensor, v: Tensor, past: State, context: Context
+        self, q: Tensor, k: Tensor, v: Tensor, where: Tensor, past: State, context: Context
     ) -> tuple[Float[Tensor, "N T H K"], State]:
         """Queries after a cache; every row brings the same number of tokens."""
         keys, values = append(past.keys, k), append(past.values, v)
-        mask = None
+        places = append(past.positions, where) if self._places else past.positions
+        real = None
         if bool((past.length < past.keys.shape[1]).any()):  # some rows are shorter: what stands before them is not real
             column = torch.arange(keys.shape[1], device=q.device)
-            mask = (column >= past.keys.shape[1] - past.length[:, None])[:, None, None]
-        o = self._attend(q, keys, values, mask=mask, context=context)
-        return o, State(self._recent(keys), self._recent(values), past.length + q.shape[1])
+            real = column >= past.keys.shape[1] - past.length[:, None]
+        o = self._attend(q, keys, values, where, places, context, real=real)
+        return o, self._state(keys, values, places, past.length + q.shape[1])
 
     def _continue_ragged(
-        self, q: Tensor, k: Tensor, v: Tensor, *, past: State, lengths: Tensor, context: Context
+        self, q: Tensor, k: Tensor, v: Tensor, where: Tensor, *, past: State, lengths: Tensor, context: Context
     ) -> tuple[Float[Tensor, "N T H K"], State]:
         """Queries after a cache where rows bring unequal numbers of tokens, each at the end of its row."""
         kept = past.length.clamp_max(past.keys.shape[1])
@@ -135,33 +166,55 @@ class Attention(Mixer):
         fresh = torch.arange(q.shape[1], device=q.device)
         real = torch.cat([column >= len(column) - kept[:, None], fresh >= len(fresh) - lengths[:, None]], dim=1)
         order = real.int().argsort(dim=1, stable=True)  # the gap between old and new moves to the front
-        index = order[..., None, None].expand(-1, -1, *k.shape[2:])
-        keys = torch.cat([past.keys.to(k.dtype), k], dim=1).gather(1, index)
-        values = torch.cat([past.values.to(v.dtype), v], dim=1).gather(1, index)
-        mask = real.gather(1, order)[:, None, None]
-        o = self._attend(q, keys, values, mask=mask, context=context)
+
+        def joined(old: Tensor, new: Tensor) -> Tensor:
+            index = order.view(*order.shape, *(1,) * (new.dim() - 2)).expand(-1, -1, *new.shape[2:])
+            return torch.cat([old.to(new.dtype), new], dim=1).gather(1, index)
+
+        keys, values = joined(past.keys, k), joined(past.values, v)
+        places = joined(past.positions, where) if self._places else past.positions
+        o = self._attend(q, keys, values, where, places, context, real=real.gather(1, order))
         longest = int((kept + lengths).max()) if len(lengths) else 0
-        keys, values = keys[:, keys.shape[1] - longest :], values[:, values.shape[1] - longest :]
-        return o, State(self._recent(keys), self._recent(values), past.length + lengths)
+        gap = keys.shape[1] - longest
+        return o, self._state(keys[:, gap:], values[:, gap:], places[:, gap:], past.length + lengths)
 
     def _attend(
-        self, q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None = None, context: Context
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        queries: Tensor,
+        keys: Tensor,
+        context: Context,
+        *,
+        real: Tensor | None = None,
+        counted: bool | None = None,
     ) -> Float[Tensor, "N T H K"]:
-        cached = k.shape[1] != q.shape[1] or mask is not None
-        return softmax_attention(
+        """`counted`: that positions follow each other without gaps; None: to be found out, after a cache."""
+        cached = counted is None
+        if counted is None:
+            counted = not self._places or _consecutive(keys, real)
+        return positions.attend(
+            self.position,
             q,
-            k.to(q.dtype),
-            v.to(q.dtype),
+            k,
+            v,
+            queries=queries,
+            keys=keys if self._places else None,
+            counted=counted,
+            project=(self._queries, self._keys),
             causal=self.config.causal,
             window=self.config.window,
-            bias=self.position.score_bias if "score bias" in self.position.hooks else None,
-            mask=mask,
+            real=real,
             cu_seqlens=None if cached else context.cu_seqlens,
             form=context.form,
         )
 
-    def _recent(self, cache: Float[Tensor, "N S G K"]) -> Float[Tensor, "N R G K"]:
-        """What later tokens may still see."""
+    def _state(self, keys: Tensor, values: Tensor, places: Tensor, length: Tensor) -> State:
+        """The state after a call: what later tokens may still see."""
+        return State(self._recent(keys), self._recent(values), self._recent(places), length)
+
+    def _recent(self, cache: Shaped[Tensor, "N S *rest"]) -> Shaped[Tensor, "N R *rest"]:
         window = self.config.window
         return cache if window is None or cache.shape[1] < window else cache[:, cache.shape[1] - window + 1 :]
 
@@ -173,33 +226,66 @@ class Attention(Mixer):
         else:  # the pairs at a distance below the window, one direction counted twice
             pairs = length + 2 * sum(length - distance for distance in range(1, min(window, length)))
             scores = 4 * config.width * pairs // max(1, length)
+        with torch.device("meta"):
+            encoding = config.encoding()
+        heads = config.kv_heads
+        if config.causal:
+            scores += encoding.flops(1, window, heads)
+        else:
+            if "value" in encoding.hooks:  # which needs the weights of all pairs
+                scores = 4 * config.width * length
+            scores += encoding.flops(length, length, heads) // max(1, length)
         kept = length if config.window is None else min(length, config.window - 1)
-        keys = config.kv_heads * config.head_size
+        keys = heads * config.head_size
         weights = 2 * config.width * (config.width + keys)
         biases = 2 * (config.width + keys) if config.bias else 0
         norms = 2 * config.head_size if config.qk_norm else 0
+        places = 8 * kept if encoding.hooks & positions.READING else 0
         return Cost(
             flops_per_token=2 * weights + scores,
-            state_bytes=8 * keys * kept + 8,
-            parameters=weights + biases + norms,
+            state_bytes=8 * keys * kept + places + 8,
+            parameters=weights + biases + norms + sum(p.numel() for p in encoding.parameters()),
         )
 
     def reference(self, x: Float[Tensor, "T D"]) -> Float[Tensor, "T D"]:
-        c, where = self.config, torch.arange(len(x))
-        q, k, v = (project(x).unflatten(-1, (-1, c.head_size)) for project in (self.q, self.k, self.v))
-        q = self.position.rotate(self.q_norm(q[None]), where[None])[0]
-        k = self.position.rotate(self.k_norm(k[None]), where[None])[0]
-        k, v = (y.repeat_interleave(c.heads // c.kv_heads, dim=1) for y in (k, v))
-        bias = self.position.score_bias(where, where)
+        c, position, where = self.config, self.position, torch.arange(len(x))
+        q, k, v = (
+            y[0]
+            for y in (self._queries(x[None]), self._keys(x[None]), self.v(x[None]).unflatten(-1, (-1, c.head_size)))
+        )
+        if self._turns:
+            q, k = (position.rotate(y[None], where[None])[0] for y in (q, k))
+        groups = c.heads // c.kv_heads
+        scale = c.head_size**-0.5 if position.scale is None else position.scale
         outputs = []
         for t in range(len(x)):
             first = 0 if c.window is None else max(0, t + 1 - c.window)
-            last = t + 1 if c.causal else len(x) if c.window is None else t + c.window
-            scores = (k[first:last] * q[t]).sum(-1) * c.head_size**-0.5 + bias[:, t, first:last].T
+            last = min(len(x), t + 1 if c.causal else len(x) if c.window is None else t + c.window)
+            query, keys, places = q[t], k[first:last], where[first:last]
+            if isinstance(position, positions.Rope) and not self._turns:
+                length = int(position.text_length(where[t] if c.causal else where[-1]))
+                query = position.rotate(query[None, None], where[t : t + 1, None], length)[0, 0]
+                keys = position.rotate(keys[None], places[None], length)[0]
+            distance = (t - places)[None, None]
+            added = position.score_bias(where[t : t + 1], places)[:, 0]
+            added = (
+                added + position.score(query[None, None], keys[None], distance, (self._queries, self._keys))[0, :, 0]
+            )
+            met = position.content(query[None, None])[0, 0]
+            scores = (keys.repeat_interleave(groups, dim=1) * met).sum(-1) * scale + added.T
             weights = torch.exp(scores - scores.amax(0))
-            outputs.append((weights[..., None] * v[first:last]).sum(0) / weights.sum(0)[:, None])
+            weights = weights / weights.sum(0)
+            o = (weights[..., None] * v[first:last].repeat_interleave(groups, dim=1)).sum(0)
+            read = position.value(weights.T[None, :, None], distance)
+            outputs.append(o + read[0, :, 0] if isinstance(read, Tensor) else o)
         y: Tensor = self.o(torch.stack(outputs).flatten(-2))
         return y
+
+
+def _consecutive(keys: Int[Tensor, "N S"], real: Tensor | None) -> bool:
+    """Whether the positions of real keys follow each other without gaps."""
+    follows = keys.diff(dim=1) == 1
+    return bool((follows if real is None else follows | ~real[:, :-1]).all())
 
 
 def unpack(x: Tensor, cu_seqlens: Int[Tensor, " N_plus_1"]) -> Tensor:

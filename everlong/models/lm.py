@@ -20,6 +20,7 @@ from everlong import mixers
 from everlong.config import config, from_dict
 from everlong.mixers.base import Context, Cost, Mixer, unpadded
 from everlong.nn.layers import InputNorm, SwiGLU, exact, linear_cross_entropy
+from everlong.nn.positions import Kept, Position, PositionEncoding, attach, parse
 
 LARGEST = {"vocab_size": 1 << 24, "width": 1 << 20, "num_layers": 1 << 12}  # beyond these a number is a slip
 
@@ -46,7 +47,9 @@ class ModelConfig:
     norm_eps: float = 1e-5
     learned_positions: int | None = None
     """A learned vector for each of so many positions, added to the embedding; no longer text can then be read, as in
-    GPT-2 and BERT. None: there are none, and no limit."""
+    GPT-2 and BERT. None: there are none, and no limit. The same as `positions` "learned" of that `length`."""
+    positions: Position | None = None
+    """Encoding of positions that meets the embedding: a name, or a mapping with its options."""
 
     def __post_init__(self) -> None:
         for name in ("vocab_size", "width", "num_layers"):
@@ -56,6 +59,14 @@ class ModelConfig:
                 raise ValueError(f"`{name}` must be at most {LARGEST[name]:,}: got {getattr(self, name):,}")
         if self.learned_positions is not None and not 1 <= self.learned_positions <= LARGEST["vocab_size"]:
             raise ValueError(f"`learned_positions` must be at least 1 and no slip: got {self.learned_positions}")
+        if self.learned_positions is not None and self.positions is not None:
+            raise ValueError(
+                f"positions of the embedding are given once: got learned_positions={self.learned_positions} and "
+                f"positions={self.positions}"
+            )
+        if (asked := self.embedding_positions) is not None:
+            with torch.device("meta"):
+                self.encoding(asked)
         if not self.layers:
             raise ValueError(f"`layers` must name at least one mixer. There is: {', '.join(mixers.names())}")
         for layer in self.layers:
@@ -65,6 +76,42 @@ class ModelConfig:
     def hidden(self) -> int:
         """Channels inside the feed-forward."""
         return -(-self.width * 8 // 3 // 32) * 32 if self.feed_forward is None else self.feed_forward
+
+    @property
+    def embedding_positions(self) -> Position | None:
+        """The encoding that meets the embedding, whichever option it was asked for by."""
+        if self.learned_positions is not None:
+            return {"position": "learned", "length": self.learned_positions}
+        return self.positions
+
+    @property
+    def position_limit(self) -> int | None:
+        """How many positions the model knows; None: there is no last one."""
+        if (asked := self.embedding_positions) is None:
+            return None
+        with torch.device("meta"):
+            return self.encoding(asked).limit
+
+    @property
+    def embedding_looks_ahead(self) -> bool:
+        """Whether the encoding that meets the embedding shows a token those that follow it."""
+        asked = self.embedding_positions
+        return asked is not None and not getattr(parse(asked)[1], "causal", True)
+
+    def encoding(self, asked: Position) -> PositionEncoding:
+        """An encoding for the embedding, with first weights.
+
+        Raises:
+            ValueError: no such encoding or option, or it is one of a mixer.
+        """
+        return attach(
+            asked,
+            num_heads=1,
+            size=self.width,
+            offered=frozenset({"embedding"}),
+            mixer="embedding",
+            vocab_size=self.vocab_size,
+        )
 
     def mixer(self, layer: Layer) -> tuple[type[Mixer], Any]:
         """The class and the options of one entry of `layers`.
@@ -90,9 +137,10 @@ class ModelConfig:
 
 
 class Seen(NamedTuple):
-    """What a model with learned positions keeps beside its layers' states."""
+    """What a model whose embedding knows positions keeps beside its layers' states."""
 
     length: Int[Tensor, " N"]
+    kept: Kept = ()  # what the encoding needs of the past
 
 
 class Output(NamedTuple):
@@ -149,10 +197,8 @@ class LanguageModel(nn.Module):
         super().__init__()
         self.config = config
         self.embedding = nn.Embedding(config.vocab_size, config.width)
-        self.positions: nn.Embedding | None = None
-        if config.learned_positions is not None:
-            self.positions = nn.Embedding(config.learned_positions, config.width)
-            nn.init.normal_(self.positions.weight, std=0.02)
+        asked = config.embedding_positions
+        self.positions = None if asked is None else config.encoding(asked)
         self.blocks = nn.ModuleList(
             Block(config, mixer(options, layer=i, depth=config.num_layers))
             for i, (mixer, options) in enumerate(config.pattern())
@@ -170,29 +216,37 @@ class LanguageModel(nn.Module):
         states = tuple(block.mixer.init_state(batch) for block in cast(Iterable[Block], self.blocks))
         if self.positions is None:
             return states
-        return *states, Seen(torch.zeros(batch, dtype=torch.long, device=self.positions.weight.device))
+        length = torch.zeros(batch, dtype=torch.long, device=self.embedding.weight.device)
+        return *states, Seen(length, self.positions.init_kept(batch))
 
     @unpadded
     def hidden(
         self, tokens: Int[Tensor, "B T"], state: State | None = None, context: Context = Context()
     ) -> tuple[Float[Tensor, "B T D"], State]:
         """What the head reads, after the last norm; and the state after the last token."""
-        return self.mix(self.embedding(tokens), state, context)
+        return self._through(self.embedding(tokens), tokens, state, context)
 
     @unpadded
     def mix(
         self, x: Float[Tensor, "B T D"], state: State | None = None, context: Context = Context()
     ) -> tuple[Float[Tensor, "B T D"], State]:
         """`hidden`, of vectors in the place of embedded tokens."""
+        return self._through(x, None, state, context)
+
+    def _through(
+        self, x: Float[Tensor, "B T D"], tokens: Int[Tensor, "B T"] | None, state: State | None, context: Context
+    ) -> tuple[Float[Tensor, "B T D"], State]:
+        """All blocks and the last norm; there is no padding any more."""
         context = dataclasses.replace(context, first={})
         past: State = (None,) * len(self.blocks) if state is None else state[: len(self.blocks)]
         after: list[Any] = []
         count = None
         if self.positions is not None:
-            start = None if state is None else state[-1].length
-            where, lengths = context.count_from(start, x), context.lengths(x)
-            check_positions(where, self.positions.num_embeddings)
-            x, count = x + self.positions(where), Seen(lengths if start is None else start + lengths)
+            seen: Seen | None = None if state is None else state[-1]
+            where, lengths = context.count_from(None if seen is None else seen.length, x), context.lengths(x)
+            kept = () if seen is None else seen.kept
+            x, kept = self.positions.embed(x, where, tokens=tokens, kept=kept, cu_seqlens=context.cu_seqlens)
+            count = Seen(lengths if seen is None else seen.length + lengths, kept)
         for block, before in zip(self.blocks, past, strict=True):
             x, now = block(x, before, context)
             after.append(now)
@@ -225,10 +279,14 @@ class LanguageModel(nn.Module):
         c = self.config
         flops, state, parameters = 2 * c.width * c.vocab_size, 0, c.width + c.vocab_size * c.width
         parameters += 0 if c.tie_embeddings else c.vocab_size * c.width
-        if c.learned_positions is not None:
-            parameters, state = parameters + c.learned_positions * c.width, state + 8
-        for mixer, options in c.pattern():
-            cost = mixer.cost(options, length)
+        if (asked := c.embedding_positions) is not None:
+            with torch.device("meta"):
+                encoding = c.encoding(asked)
+                kept = sum(4 * leaf.numel() for leaf in encoding.init_kept(1))
+            flops, state = flops + encoding.flops(1, length + 1, 1), state + 8 + kept
+            parameters += sum(parameter.numel() for parameter in encoding.parameters())
+        for mixer in (block.mixer for block in cast(Iterable[Block], self.blocks)):
+            cost = mixer.cost(mixer.config, length)  # its own options: they may depend on the layer's place
             flops, state = flops + cost.flops_per_token, state + cost.state_bytes
             parameters += cost.parameters + (c.width if has_mixer_norm(c, mixer) else 0)
             if not mixer.traits.owns_feed_forward:
@@ -243,15 +301,3 @@ class LanguageModel(nn.Module):
         from everlong.models.run import save  # the reader there needs this class
 
         save(self, run)
-
-
-def check_positions(positions: Int[Tensor, "rows T"], known: int) -> None:
-    """Raises ValueError where a position lies beyond those that a model has learned."""
-    if torch.compiler.is_compiling() or not positions.numel():
-        return
-    longest = int(positions.max()) + 1
-    if longest > known:
-        raise ValueError(
-            f"the model has learned {known:,} positions, and reads no longer text: got {longest:,} tokens. Give less, "
-            "or train one with --learned-positions or with rope, which has no limit"
-        )

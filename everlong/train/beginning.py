@@ -55,10 +55,14 @@ def tokenizer_of(init: Path) -> Tokenizer:
 
 def check_trainable(shape: ModelConfig, settings: TrainConfig) -> None:
     """Raises ValueError where a model of this shape cannot be trained so, or has no room in memory."""
-    if shape.learned_positions is not None and settings.length > shape.learned_positions:
+    if (limit := shape.position_limit) is not None and settings.length > limit:
         raise ValueError(
             f"`length` must be at most the model's learned positions: got length={settings.length}, "
-            f"learned_positions={shape.learned_positions}"
+            f"learned_positions={limit}"
+        )
+    if shape.embedding_looks_ahead:
+        raise ValueError(
+            f"positions={shape.positions} show tokens those that they are to predict: take one that is causal"
         )
     for mixer, options in map(shape.mixer, shape.layers):
         if not getattr(options, "causal", True):

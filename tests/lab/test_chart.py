@@ -29,6 +29,13 @@ def test_points_stand_where_they_belong():
     assert {"a < b", "nats", "loss", "raw", "floor", "bits", "held-out"} <= set(texts)
 
 
+def test_a_line_and_what_is_faint_behind_it_have_one_label():
+    line = [(0, 1.0), (1, 2.0)]
+    drawing = ET.fromstring(chart("t", [Panel("y", {"a": line}, faint={"a": line, "b": line})], x_label="x"))
+    texts = [text.text for text in drawing.iter(f"{SVG}text")]
+    assert (texts.count("a"), texts.count("b")) == (1, 1)
+
+
 def test_labels_stay_inside():
     panel = Panel(
         "a panel with levels close together", {"x": [(0, 1.0), (1, 1.0)]}, levels={"a": 1, "b": 1.001, "c": 9}

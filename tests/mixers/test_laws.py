@@ -248,8 +248,7 @@ def test_packed_sequences_do_not_see_each_other(name, options):
         torch.testing.assert_close(follow[i : i + 1], mixer(more[i : i + 1], own)[0], atol=1e-9, rtol=1e-9)
 
 
-@cases
-def test_gradients_are_right(name, options):
+def check_gradients(name, options, fast):
     mixer = build(name, options)
     x = inputs(1, 5).requires_grad_()
     state = mixer(inputs(1, 3))[1]
@@ -263,7 +262,19 @@ def test_gradients_are_right(name, options):
             filled[i] = leaf
         return mixer(x, pytree.tree_unflatten(filled, spec))[0]
 
-    assert torch.autograd.gradcheck(run, (x, *free), eps=1e-6, atol=1e-5)
+    assert torch.autograd.gradcheck(run, (x, *free), eps=1e-6, atol=1e-5, fast_mode=fast)
+
+
+@cases
+def test_gradients_are_right(name, options):
+    """Along random directions."""
+    check_gradients(name, options, fast=True)
+
+
+@pytest.mark.slow
+@cases
+def test_every_entry_of_the_gradients_is_right(name, options):
+    check_gradients(name, options, fast=False)
 
 
 @cases

@@ -44,10 +44,10 @@ class Comparison:
         return {name: relative(ours[name], value) for name, value in theirs.items()}
 
 
-def make(name: str, **options: object) -> Any:
+def make(name: str, *, layer: int = 0, depth: int = 1, **options: Any) -> Any:
     """A mixer with these options, its parameters moved away from 0 and 1, where a wrong one could hide."""
     mixer = mixers.load(name)
-    made = mixer(from_dict(mixer.Config, options))
+    made = mixer(from_dict(mixer.Config, options), layer=layer, depth=depth)
     with torch.no_grad():
         for parameter in made.parameters():
             parameter += 0.05 * torch.randn_like(parameter)
