@@ -105,6 +105,13 @@ VARIANTS = {
         {"hidden": 7},
         {"initialization": "uniform", "output": "none"},
     ],
+    "s4d": [
+        {"state_size": 10, "initialization": "lin", "discretization": "bilinear"},
+        {"state_size": 2, "initialization": "inv", "bias": True, "smallest_step": 0.01, "largest_step": 0.5},
+    ],
+    "s4": [
+        {"state_size": 2, "bias": True},
+        {"state_size": 10, "smallest_step": 0.01, "largest_step": 0.5},
     "transnormer": [
         {"num_heads": 2, "position": "rope", "bias": True},
         {"num_heads": 3, "kind": "norm", "causal": False},
