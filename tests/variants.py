@@ -149,4 +149,15 @@ VARIANTS = {
         {"num_heads": 18, "feed_forward": 7},
         {"num_heads": 4, "first": False},
     ],
+    "gau": [
+        {"weights": "relu2_n2", "key_size": 6, "relative_bias": "rotary_bias", "norm": "layer", "divisor": 50},
+        {"weights": "relu2_n2_bias", "key_size": 5, "expansion": 1.3, "position": "t5", "bias": True},
+        {"key_size": 8, "relative_bias": {"position": "t5", "buckets": 8, "max_distance": 20}},
+        {"weights": "laplace", "key_size": 8, "relative_bias": "alibi"},
+        {"weights": "softmax", "key_size": 8, "relative_bias": "t5"},
+        {"weights": "softmax_plus", "key_size": 10, "norm": "none"},
+        {"key_size": 8, "relative_bias": "t5", "causal": False},
+        {"weights": "laplace", "key_size": 7, "position": "none", "divisor": 64, "causal": False},
+        {"weights": "softmax_plus", "key_size": 6, "causal": False},
+    ],
 }
