@@ -112,6 +112,7 @@ VARIANTS = {
     "s4": [
         {"state_size": 2, "bias": True},
         {"state_size": 10, "smallest_step": 0.01, "largest_step": 0.5},
+    ],
     "transnormer": [
         {"num_heads": 2, "position": "rope", "bias": True},
         {"num_heads": 3, "kind": "norm", "causal": False},
@@ -134,6 +135,7 @@ VARIANTS = {
     "lightning": [
         {"num_heads": 3, "decay": "alibi", "rotation": "none", "values": "silu", "gate": "sigmoid", "gain": True},
         {"num_heads": 2, "gate_rank": 5},
+    ],
     "rwkv4": [
         {"feed_forward": 5},
         {"first": False},
