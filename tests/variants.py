@@ -66,10 +66,6 @@ VARIANTS = {
         {"num_heads": 3, "decay": "channel"},
         {"num_heads": 4, "num_key_heads": 2, "key_size": 5, "decay": "channel", "value_expansion": 0.5},
     ],
-    "mamba2": [
-        {"num_heads": 4, "num_groups": 2, "state_size": 7},
-        {"num_heads": 3, "kernel": 2},
-    ],
     "s4d": [
         {"state_size": 10, "initialization": "lin", "discretization": "bilinear"},
         {"state_size": 2, "initialization": "inv", "bias": True, "smallest_step": 0.01, "largest_step": 0.5},
@@ -77,6 +73,11 @@ VARIANTS = {
     "s4": [
         {"state_size": 2, "bias": True},
         {"state_size": 10, "smallest_step": 0.01, "largest_step": 0.5},
+    ],
+    "mamba2": [
+        {"num_heads": 4, "num_groups": 2, "state_size": 7},
+        {"num_heads": 3, "kernel": 2},
+    ],
     "transnormer": [
         {"num_heads": 2, "position": "rope", "bias": True},
         {"num_heads": 3, "kind": "norm", "causal": False},
