@@ -3,6 +3,16 @@
 An entry may say that it is not causal; the laws that speak of an order of tokens then leave it out.
 """
 
+from everlong import mixers
+
+CHOSEN = None  # by the option --mixer, a mixer of somebody else's
+
+
+def names():
+    """The mixers that the laws are checked for."""
+    return mixers.names() if CHOSEN is None else [CHOSEN]
+
+
 VARIANTS = {
     "attention": [
         {"num_heads": 6, "num_kv_heads": 2, "qk_norm": True, "bias": True},
@@ -66,6 +76,35 @@ VARIANTS = {
         {"num_heads": 3, "decay": "channel"},
         {"num_heads": 4, "num_key_heads": 2, "key_size": 5, "decay": "channel", "value_expansion": 0.5},
     ],
+    "mamba2": [
+        {"num_heads": 4, "num_groups": 2, "state_size": 7},
+        {"num_heads": 3, "kernel": 2},
+    ],
+    "mamba": [
+        {"expansion": 1.5, "state_size": 5, "kernel": 1, "step_rank": 1},
+        {"expansion": 0.5, "state_size": 1, "kernel": 2, "step_rank": 40, "bias": True},
+    ],
+    "lru": [
+        {"state_size": 7, "min_radius": 0.9, "max_radius": 0.999, "max_phase": 0.3},
+        {"state_size": 80},
+    ],
+    "rg_lru": [
+        {"hidden": 30, "num_heads": 5, "kernel": 1},
+        {"num_heads": 1, "kernel": 3, "bias": True},
+    ],
+    "rnn": [
+        {"hidden": 7},
+        {"initialization": "uniform", "output": "none"},
+        {"hidden": 50, "activation": "relu"},
+    ],
+    "lstm": [
+        {"hidden": 7},
+        {"initialization": "uniform", "output": "none", "forget_bias": 0.0},
+    ],
+    "gru": [
+        {"hidden": 7},
+        {"initialization": "uniform", "output": "none"},
+    ],
     "s4d": [
         {"state_size": 10, "initialization": "lin", "discretization": "bilinear"},
         {"state_size": 2, "initialization": "inv", "bias": True, "smallest_step": 0.01, "largest_step": 0.5},
@@ -100,5 +139,31 @@ VARIANTS = {
     "lightning": [
         {"num_heads": 3, "decay": "alibi", "rotation": "none", "values": "silu", "gate": "sigmoid", "gain": True},
         {"num_heads": 2, "gate_rank": 5},
+    ],
+    "rwkv4": [
+        {"feed_forward": 5},
+        {"first": False},
+    ],
+    "rwkv6": [
+        {"num_heads": 3, "mix_rank": 2, "decay_rank": 3},
+        {"num_heads": 18, "first": False, "feed_forward": 7},
+        {"num_heads": 2, "variant": "eagle"},
+        {"num_heads": 4, "variant": "eagle", "first": False},
+    ],
+    "rwkv7": [
+        {"num_heads": 3, "decay_rank": 2, "rate_rank": 3, "value_rank": 5, "gate_rank": 4},
+        {"num_heads": 18, "feed_forward": 7},
+        {"num_heads": 4, "first": False},
+    ],
+    "gau": [
+        {"weights": "relu2_n2", "key_size": 6, "relative_bias": "rotary_bias", "norm": "layer", "divisor": 50},
+        {"weights": "relu2_n2_bias", "key_size": 5, "expansion": 1.3, "position": "t5", "bias": True},
+        {"key_size": 8, "relative_bias": {"position": "t5", "buckets": 8, "max_distance": 20}},
+        {"weights": "laplace", "key_size": 8, "relative_bias": "alibi"},
+        {"weights": "softmax", "key_size": 8, "relative_bias": "t5"},
+        {"weights": "softmax_plus", "key_size": 10, "norm": "none"},
+        {"key_size": 8, "relative_bias": "t5", "causal": False},
+        {"weights": "laplace", "key_size": 7, "position": "none", "divisor": 64, "causal": False},
+        {"weights": "softmax_plus", "key_size": 6, "causal": False},
     ],
 }

@@ -36,6 +36,7 @@ SCORES = [
     {"position": "rope", "scaling": "dynamic", "factor": 2.0, "original_length": 7, "step": 5},
     "alibi",
     "t5",
+    "rotary_bias",
     {"position": "shaw", "max_distance": 3},
     {"position": "shaw", "max_distance": 3, "values": False},
     "transformer_xl",
