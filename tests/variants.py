@@ -113,10 +113,6 @@ VARIANTS = {
         {"state_size": 2, "bias": True},
         {"state_size": 10, "smallest_step": 0.01, "largest_step": 0.5},
     ],
-    "mamba2": [
-        {"num_heads": 4, "num_groups": 2, "state_size": 7},
-        {"num_heads": 3, "kernel": 2},
-    ],
     "transnormer": [
         {"num_heads": 2, "position": "rope", "bias": True},
         {"num_heads": 3, "kind": "norm", "causal": False},
