@@ -217,9 +217,9 @@ def attend(
     ) -> Float[Tensor, "N T V"]:
         return elementwise_attention(q, k, v, function=function, bias=bias, gain=gain, causal=causal, form=form)
 
-    if not position.biased:
+    if not position.biased or not q.numel():
         return read(q, k, v, None, None)
-    if counted or not q.numel():
+    if counted:
         zero = torch.zeros(1, dtype=torch.long, device=q.device)
         distances = torch.arange(1 - S, 1 if causal else T, device=q.device)
         return read(q, k, v, position.score_bias(zero, distances).flatten().to(kind), gain)
