@@ -144,12 +144,11 @@ VARIANTS = {
         {"num_heads": 3, "mix_rank": 2, "decay_rank": 3},
         {"num_heads": 18, "first": False, "feed_forward": 7},
         {"num_heads": 2, "variant": "eagle"},
-        {"num_heads": 4, "variant": "eagle", "first": False},
+        {"num_heads": 4, "variant": "eagle", "first": False, "group_norm_eps": 1e-5},
     ],
     "rwkv7": [
         {"num_heads": 3, "decay_rank": 2, "rate_rank": 3, "value_rank": 5, "gate_rank": 4},
         {"num_heads": 18, "feed_forward": 7},
-        {"num_heads": 4, "first": False},
     ],
     "gau": [
         {"weights": "relu2_n2", "key_size": 6, "relative_bias": "rotary_bias", "norm": "layer", "divisor": 50},

@@ -52,6 +52,8 @@ class Options(HeadOptions):
     """Rank of what a token adds to its decay."""
     feed_forward: int | None = None
     """Channels inside of the channel mix; None: 3.5 times the width, rounded down to a multiple of 32."""
+    group_norm_eps: float = 64e-5
+    """1e-5 times the square of the trainer's `head_size_divisor`, which is 8."""
     first: bool | None = None
     """Whether the layer norms the embedding; None: it does where it is the model's first."""
 
@@ -105,7 +107,7 @@ class RWKV6(Mixer):
             self.log_rate = nn.Parameter(decay)
         zigzag = 0.1 * ((torch.arange(d) + 1) % 3 - 1)
         self.bonus = nn.Parameter((up * (1 - line(d)) + zigzag).view(h, -1))
-        self.group_norm = GroupNorm(h, config.head_size, gain=((layer + 1) / depth) ** 0.7)
+        self.group_norm = GroupNorm(h, config.head_size, gain=((layer + 1) / depth) ** 0.7, eps=config.group_norm_eps)
         self.feed_forward = ChannelMix(d, config.hidden, mix=1 - long.repeat(2, 1))
         for linear, scale in ((self.q, 1.0), (self.k, 0.1), (self.v, 1.0), (self.gate, 0.1)):
             orthogonal(linear, scale)
@@ -157,14 +159,14 @@ class RWKV6(Mixer):
     def cost(cls, config: Options, length: int) -> Cost:
         d, memory = config.width, config.width * config.head_size
         weights = 5 * d * d + ChannelMix.weights(d, config.hidden, gated=True)
-        vectors = 8 if config.variant == "eagle" else 9  # shifts, decay, bonus, group norm
+        vectors = 10 if config.variant == "eagle" else 12  # shifts, also of the channel mix, decay, bonus, group norm
         if config.variant == "finch":
             weights += 10 * d * config.mix_rank + 2 * d * config.decay_rank
         norms = 4 if config.first is False else 6
         return Cost(
             flops_per_token=2 * weights + 4 * memory,
             state_bytes=4 * (memory + 2 * d),
-            parameters=weights + (norms + vectors + 3) * d,
+            parameters=weights + (norms + vectors) * d,
         )
 
     def reference(self, x: Float[Tensor, "T D"]) -> Float[Tensor, "T D"]:
@@ -188,7 +190,7 @@ class RWKV6(Mixer):
             pair = k[:, :, None] * v[:, None, :]
             o = (q[:, :, None] * (memory + self.bonus[:, :, None] * pair)).sum(1)
             memory = torch.exp(-torch.exp(log_rate)).view(-1, size, 1) * memory + pair
-            o = (o - o.mean(1, keepdim=True)) / (o.var(1, keepdim=True, unbiased=False) + 64e-5).sqrt()
+            o = (o - o.mean(1, keepdim=True)) / (o.var(1, keepdim=True, unbiased=False) + self.config.group_norm_eps).sqrt()
             o = (o * self.group_norm.weight + self.group_norm.bias).flatten()
             outputs.append((self.o.weight @ (o * F.silu(self.gate.weight @ to_gate)))[None])
         mixed = stream + torch.cat(outputs)

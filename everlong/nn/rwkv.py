@@ -100,8 +100,7 @@ class LowRank(nn.Module):
 class GroupNorm(nn.Module):
     """Layer normalisation of each head's channels, with a gain and a bias for each channel of each head.
 
-    The trainer of versions 5 and 6 divides by 8 before it and adds 1e-5; its inference code adds 64e-5, which is the
-    same.
+    The trainer of version 5 divides its input by 8 and adds 1e-5 to the variance; to add 64e-5 is the same.
     """
 
     def __init__(self, num_heads: int, size: int, *, gain: float, eps: float = 64e-5) -> None:

