@@ -161,13 +161,14 @@ class Rope(PositionEncoding):
 
 
 def waves(
-    positions: Int[Tensor, "rows T"], frequencies: Float[Tensor, " pairs"], dtype: torch.dtype, *, factor: float = 1.0
-) -> tuple[Float[Tensor, "rows T 1 pairs"], Float[Tensor, "rows T 1 pairs"]]:
-    """Cosine and sine of the angles by which pairs turn at these positions, times `factor`.
+    positions: Int[Tensor, "rows T"], frequencies: Float[Tensor, "*heads pairs"], dtype: torch.dtype, *, factor: float = 1.0
+) -> tuple[Float[Tensor, "rows T _ pairs"], Float[Tensor, "rows T _ pairs"]]:
+    """Cosine and sine of the angles at these positions, times `factor`: as pairs turn, in all heads or in each.
 
-    Angles have the type of the frequencies: bfloat16 cannot count beyond 256.
+    Angles are float32 at least: bfloat16 cannot count beyond 256.
     """
-    angles = positions.to(frequencies.dtype)[..., None, None] * frequencies
+    w = frequencies.to(torch.promote_types(frequencies.dtype, torch.float32))
+    angles = positions.to(w.dtype)[..., None, None] * w
     return (angles.cos() * factor).to(dtype), (angles.sin() * factor).to(dtype)
 
 
