@@ -124,9 +124,12 @@ VARIANTS = {
     ],
     "retnet": [
         {"num_heads": 3, "value_expansion": 1.5},
+        {"num_heads": 18, "value_expansion": 0.5},
     ],
     "gla": [
         {"num_heads": 3, "key_expansion": 1.0, "value_expansion": 0.5, "gate_rank": 2, "gate_temperature": 1.0},
+        {"num_heads": 2, "kernel": 3, "key_expansion": 0.3},
+        {"num_heads": 4, "kernel": 1},
     ],
     "deltanet": [
         {"num_heads": 3, "key_expansion": 0.5, "value_expansion": 1.5, "eigenvalues": "both"},
@@ -135,6 +138,7 @@ VARIANTS = {
     "lightning": [
         {"num_heads": 3, "decay": "alibi", "rotation": "none", "values": "silu", "gate": "sigmoid", "gain": True},
         {"num_heads": 2, "gate_rank": 5},
+        {"num_heads": 12, "rotation": "all", "decay": "alibi", "gate_rank": 3, "gate": "sigmoid"},
     ],
     "rwkv4": [
         {"feed_forward": 5},

@@ -52,7 +52,6 @@ class Options(HeadOptions):
     """Taps of the short convolutions of q, k and v."""
     eigenvalues: Literal["positive", "both"] = "positive"
     """"both" doubles beta, which lets the memory flip signs and track state (Grazzi et al. 2024, arXiv 2411.12537)."""
-
     decay: Literal["head", "channel"] = "head"
     """What fades alike: a head's whole memory, or each of its key channels (Kimi Delta Attention)."""
 
@@ -142,7 +141,7 @@ class GatedDeltaNet(Mixer):
         step: Tensor = F.softplus(exact(self.step(x)) + self.step_bias)
         if self.config.decay == "head":
             return -self.log_rate.exp() * step
-        return -self.log_rate.exp()[:, None] * step.view(*step.shape[:-1], self.config.heads, -1)
+        return -self.log_rate.exp()[:, None] * step.unflatten(-1, (self.config.heads, -1))
 
     def opened(self, x: Float[Tensor, "*B D"]) -> Float[Tensor, "*B HV"]:
         """The gate of the output."""

@@ -13,10 +13,10 @@ ORACLE = "fla-core, delta_rule/naive.py"
 
 
 def comparisons() -> Iterator[Comparison]:
-    """Three lengths; eigenvalues of both signs."""
+    """Eigenvalues of one sign and of both, at three lengths."""
     for length in (1, 7, 130):
         yield _layer(length, "positive")
-    yield _layer(65, "both")
+        yield _layer(length, "both")
 
 
 def _layer(length: int, eigenvalues: str) -> Comparison:
@@ -37,6 +37,5 @@ def _layer(length: int, eigenvalues: str) -> Comparison:
         y: Tensor = ours.o(o.flatten(-2))
         return y
 
-    # The small number under the root, by which ours differs from theirs at short vectors, takes most of the bound.
-    x = 3 * torch.randn(2, length, 48)
-    return Comparison(f"{eigenvalues}, T={length}", lambda x: ours(x)[0], theirs, x, 1e-4)
+    x = 3 * torch.randn(2, length, 48)  # short vectors differ by the small number under our root
+    return Comparison(f"{eigenvalues}, T={length}", lambda x: ours(x)[0], theirs, x)
