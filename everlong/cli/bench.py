@@ -49,7 +49,6 @@ def run(arguments: Arguments) -> dict[str, object]:
         [(row.measure, row.value, row.target or "", marks[row.met], row.peer or "") for row in rows],
     )
     if arguments.store:
-        print(
-            f"stored in {result.store(arguments.suite, rows, Path('benchmarks/results'), part=arguments.only is not None)}"
-        )
+        part = arguments.only is not None
+        print(f"stored in {result.store(arguments.suite, rows, Path('benchmarks/results'), part=part)}")
     return {"machine": result.machine(), "rows": [row.as_dict() for row in rows]}
