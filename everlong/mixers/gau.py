@@ -115,9 +115,7 @@ class GAU(Mixer):
         q, k = self.position.rotate(self.heads(z), where).to(v.dtype).unbind(-2)
         return [u, v, q, k]
 
-    def _whole(
-        self, q: Tensor, k: Tensor, v: Tensor, where: Tensor, context: Context
-    ) -> Float[Tensor, "B T E"]:
+    def _whole(self, q: Tensor, k: Tensor, v: Tensor, where: Tensor, context: Context) -> Float[Tensor, "B T E"]:
         """Sequences from their first token on; those of a packed row by their lengths."""
         counted = context.positions is None
         if context.cu_seqlens is None or not q.shape[1]:

@@ -212,9 +212,7 @@ def attend(
     function: Function = "laplace" if weights == "laplace" else "relu2"
     gain = factor if shared else None
 
-    def read(
-        q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, gain: Tensor | None
-    ) -> Float[Tensor, "N T V"]:
+    def read(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, gain: Tensor | None) -> Float[Tensor, "N T V"]:
         return elementwise_attention(q, k, v, function=function, bias=bias, gain=gain, causal=causal, form=form)
 
     if not position.biased or not q.numel():

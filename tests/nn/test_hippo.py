@@ -178,7 +178,9 @@ def test_lagt_rebuilds_the_recent_past_best():
     [("legs", "zoh"), *((measure, rule) for measure in ("legt", "lagt") for rule in ("backward", "bilinear", "zoh"))],
 )
 def test_a_constant_is_remembered_by_its_mean_alone(measure, rule):
-    kept, _ = Memory(8, measure, window=100.0, rule=rule).compress(torch.full((300 if measure == "legs" else 4000,), 3.0, dtype=torch.float64))
+    kept, _ = Memory(8, measure, window=100.0, rule=rule).compress(
+        torch.full((300 if measure == "legs" else 4000,), 3.0, dtype=torch.float64)
+    )
     torch.testing.assert_close(kept.values, torch.eye(8, dtype=torch.float64)[0] * 3.0, atol=1e-9, rtol=0)
 
 
