@@ -19,6 +19,7 @@ Deviates  as gau.py does; n is C in weights of a chunk, as in the paper. The sum
           know, and FLASH-pytorch C (`linear_divisor`). All four heads are rotated
 """
 
+import itertools
 from typing import Literal, NamedTuple
 
 import torch
@@ -189,7 +190,7 @@ class Flash(Mixer):
                 torch.cat([old.to(new.dtype), new], 1) for old, new in zip(held, (keys, values, where), strict=True)
             )
         o = self._attend(tokens, keys, values, where, form, counted)
-        o = o + self._recall(tokens.linear_q, state.memory, state.length - place)
+        o = self._recall(o, tokens.linear_q, state.memory, state.length - place)
         pending = state.pending + (tokens.linear_k.mT @ tokens.v).to(kind)
         memory, length = state.memory, state.length + tokens.v.shape[1]
         if filled == self.config.chunk:
@@ -210,11 +211,11 @@ class Flash(Mixer):
         o = self._attend(rows, rows.k, rows.v, where, form, counted)
         sums = (rows.linear_k.mT @ rows.v).to(state.memory.dtype).unflatten(0, (batch, -1))
         count = sums.shape[1]
-        before = torch.cat([state.memory[:, None], sums[:, :-1]], 1).cumsum(1)
+        # Sum by sum: torch's cumsum over an outer axis goes through memory a number at a time.
+        *before, memory = itertools.accumulate(sums.unbind(1), initial=state.memory)
         done = state.length[:, None] + size * torch.arange(count, device=o.device)
-        o = o + self._recall(rows.linear_q, before.flatten(0, 1), done.flatten())
-        after = state._replace(memory=before[:, -1] + sums[:, -1], length=state.length + count * size)
-        return o.reshape_as(tokens.v), after
+        o = self._recall(o, rows.linear_q, torch.stack(before, 1).flatten(0, 1), done.flatten())
+        return o.reshape_as(tokens.v), state._replace(memory=memory, length=state.length + count * size)
 
     def _step(
         self, tokens: Tokens, state: State, place: Int[Tensor, " N"], form: str
@@ -232,7 +233,7 @@ class Flash(Mixer):
             where = torch.where(new, tokens.where, F.pad(where, (0, 1)))
         near = torch.where(real, where[:, :seen], tokens.where) if self.position.biased else where
         o = self._attend(tokens, keys[:, :seen], values[:, :seen], near, form, False, real)
-        o = o + self._recall(tokens.linear_q, state.memory, state.length - place)
+        o = self._recall(o, tokens.linear_q, state.memory, state.length - place)
         pending = state.pending + (tokens.linear_k.mT @ tokens.v).to(kind)
         full = (place + 1 == size)[:, None, None]
         memory, length = torch.where(full, state.memory + pending, state.memory), state.length + 1
@@ -293,13 +294,18 @@ class Flash(Mixer):
         )
 
     def _recall(
-        self, q: Float[Tensor, "M T S"], memory: Float[Tensor, "M S E"], done: Int[Tensor, " M"]
+        self,
+        o: Float[Tensor, "M T E"],
+        q: Float[Tensor, "M T S"],
+        memory: Float[Tensor, "M S E"],
+        done: Int[Tensor, " M"],
     ) -> Float[Tensor, "M T E"]:
-        """What is read of the chunks before, in which there are so many tokens."""
+        """`o` and what is read of the chunks before, in which there are so many tokens."""
+        if not bool(done.any()):
+            return o
         count = done if self.config.linear_divisor == "visible" else torch.full_like(done, self.config.chunk)
         share = (done > 0).to(memory.dtype) / count.clamp_min(1)
-        o: Tensor = (q * share[:, None, None]) @ memory
-        return o.to(q.dtype)
+        return o + ((q * share[:, None, None]) @ memory).to(o.dtype)
 
     @classmethod
     def cost(cls, config: Options, length: int) -> Cost:
@@ -308,10 +314,12 @@ class Flash(Mixer):
             pairs = config.pairs()
         if config.causal:
             near = 2 * (s + e) * (length % c + 1)
+            far = 2 * s * e * (2 if length >= c else 1)
         else:
+            far = 4 * s * e
             near = 2 * (s + e) * (length // c * c * c + (length % c) ** 2) // max(1, length)
         return Cost(
-            flops_per_token=2 * d * (3 * e + s) + 4 * s * e + near,
+            flops_per_token=2 * d * (3 * e + s) + far + near,
             state_bytes=4 * (2 * s * e + (c - 1) * (s + e)) + (8 * (c - 1) if pairs.biased else 0) + 8,
             parameters=config.parameters(4) + sum(parameter.numel() for parameter in pairs.parameters()),
         )
