@@ -29,7 +29,7 @@ from everlong.mixers.base import Cost, Mixer
 from everlong.mixers.s4d import S4D
 from everlong.nn.hippo import normal_plus_low_rank
 from everlong.nn.layers import exact
-from everlong.nn.state_space import System, SystemOptions, complexes, reals
+from everlong.nn.state_space import CHUNK, System, SystemOptions, complexes, reals
 from everlong.ops.spans import spans
 
 POLES = 1 << 17  # numbers in a tensor of poles and frequencies: the few that are in use stay in the last cache
@@ -97,7 +97,6 @@ class LowRank(System):
     """
 
     steps = 32
-    chunk = 32
 
     def __init__(
         self,
@@ -139,13 +138,13 @@ class LowRank(System):
     def _before(self, steps: int) -> Complex[Tensor, "D P"]:
         """C A'^steps."""
         row = reals(2 * self.C, conjugate=True)[:, None]
-        whole, rest = divmod(steps, self.chunk)
-        for count in [self.chunk] * whole + [rest] * (rest > 0):
+        whole, rest = divmod(steps, CHUNK)
+        for count in [CHUNK] * whole + [rest] * (rest > 0):
             row = self._applied(row, count, rows=True)
         return complexes(row[:, 0]).conj() / 2
 
     def _applied(self, x: Float[Tensor, "D n N"], steps: int, *, rows: bool = False) -> Float[Tensor, "D n N"]:
-        """A'^steps x, from 1 to about `chunk` steps; with `rows`, x A'^steps.
+        """A'^steps x, from 1 to about `CHUNK` steps; with `rows`, x A'^steps.
 
         A'^k = diagonal^k - sum_{j < k} (A'^{k-1-j} column) (row diagonal^j): k vectors in place of a matrix.
         """
