@@ -165,4 +165,23 @@ VARIANTS = {
         {"weights": "laplace", "key_size": 7, "position": "none", "divisor": 64, "causal": False},
         {"weights": "softmax_plus", "key_size": 6, "causal": False},
     ],
+    "flash": [
+        {"chunk": 8, "weights": "relu2_n2", "key_size": 6, "relative_bias": "rotary_bias", "norm": "layer"},
+        {"chunk": 9, "key_size": 5, "expansion": 1.3, "position": "t5", "bias": True, "linear_divisor": "chunk"},
+        {"chunk": 1, "weights": "relu2_n2_bias", "key_size": 4},
+        {"chunk": 10, "weights": "softmax_plus", "key_size": 8, "norm": "none"},
+        {"chunk": 7, "weights": "softmax", "key_size": 8, "relative_bias": "alibi"},
+        {"chunk": 64, "weights": "laplace", "key_size": 7, "position": "none"},
+        {"chunk": 8, "key_size": 8, "relative_bias": "t5", "causal": False},
+        {"chunk": 9, "weights": "softmax_plus", "key_size": 6, "causal": False},
+    ],
+    "linformer": [
+        {"num_heads": 3, "length": 300, "slots": 7, "sharing": "none", "bias": True},
+        {"num_heads": 2, "length": 301, "slots": 20, "sharing": "key_value"},
+        {"num_heads": 3, "length": 310, "slots": 5, "sharing": "layerwise"},
+        {"num_heads": 2, "length": 300, "slots": 40, "projection": "mean"},
+        {"num_heads": 3, "length": 300, "slots": 50, "projection": "max"},
+        {"num_heads": 2, "length": 300, "slots": 43, "projection": "convolution"},
+        {"num_heads": 2, "length": 300, "slots": 60, "projection": "convolution", "sharing": "none"},
+    ],
 }

@@ -183,7 +183,7 @@ class Attention(Mixer):
         """`counted`: that positions follow each other without gaps; None: to be found out, after a cache."""
         cached = counted is None
         if counted is None:
-            counted = not self._places or _consecutive(keys, real)
+            counted = not self._places or positions.consecutive(keys, real)
         return positions.attend(
             self.position,
             q,
@@ -270,12 +270,6 @@ class Attention(Mixer):
             outputs.append(o + read[0, :, 0] if isinstance(read, Tensor) else o)
         y: Tensor = self.o(torch.stack(outputs).flatten(-2))
         return y
-
-
-def _consecutive(keys: Int[Tensor, "N S"], real: Tensor | None) -> bool:
-    """Whether the positions of real keys follow each other without gaps."""
-    follows = keys.diff(dim=1) == 1
-    return bool((follows if real is None else follows | ~real[:, :-1]).all())
 
 
 def unpack(x: Tensor, cu_seqlens: Int[Tensor, " N_plus_1"]) -> Tensor:

@@ -27,6 +27,7 @@ from torch.nn.functional import silu
 from everlong.config import config
 from everlong.mixers.attention import unpack
 from everlong.mixers.base import Context, Cost, Mixer, Traits, unpadded
+from everlong.nn import positions
 from everlong.nn.cache import append, append_ragged
 from everlong.nn.gated import GatedOptions, OffsetScale, PairEncoding, attend, make_norm, weigh
 from everlong.nn.ragged import Groups
@@ -114,9 +115,7 @@ class GAU(Mixer):
         q, k = self.position.rotate(self.heads(z), where).to(v.dtype).unbind(-2)
         return [u, v, q, k]
 
-    def _whole(
-        self, q: Tensor, k: Tensor, v: Tensor, where: Tensor, context: Context
-    ) -> Float[Tensor, "B T E"]:
+    def _whole(self, q: Tensor, k: Tensor, v: Tensor, where: Tensor, context: Context) -> Float[Tensor, "B T E"]:
         """Sequences from their first token on; those of a packed row by their lengths."""
         counted = context.positions is None
         if context.cu_seqlens is None or not q.shape[1]:
@@ -171,7 +170,7 @@ class GAU(Mixer):
     ) -> Float[Tensor, "N T E"]:
         """What the queries read; `counted`: that positions follow each other, None: to be found out, after a cache."""
         if counted is None:
-            counted = not self.position.biased or _consecutive(keys, real)
+            counted = not self.position.biased or positions.consecutive(keys, real)
         return attend(
             self.config.weights,
             q,
@@ -216,9 +215,3 @@ class GAU(Mixer):
             outputs.append(u[t] * (weights @ v[:seen]))
         y: Tensor = self.o(torch.stack(outputs))
         return y
-
-
-def _consecutive(keys: Int[Tensor, "N S"], real: Tensor | None) -> bool:
-    """Whether the positions of real keys follow each other without gaps."""
-    follows = keys.diff(dim=1) == 1
-    return bool((follows if real is None else follows | ~real[:, :-1]).all())

@@ -1,6 +1,6 @@
 """The linear recurrent unit: complex states that only turn and fade, each at a learned rate of its own.
 
-    h_t = lambda * h_{t-1} + gamma * (B x_t)        y_t = Re(C h_t) + skip * x_t               (eq. 7; appendix A) 
+    h_t = lambda * h_{t-1} + gamma * (B x_t)        y_t = Re(C h_t) + skip * x_t               (eq. 7; appendix A)
     lambda = exp(-exp(log_rate) + i exp(log_phase))        gamma = exp(log_gain)
 
 Shapes    x [B, T, D] -> y [B, T, D];  h, lambda [B, T, N] complex, as pairs of real numbers;  B = v, C = o

@@ -184,8 +184,7 @@ class RWKV6(Mixer):
             to_k, to_v, to_q, to_gate = row + step * mix[-4:]
             last = row
             q, k, v = (
-                (linear.weight @ y).view(-1, size)
-                for linear, y in ((self.q, to_q), (self.k, to_k), (self.v, to_v))
+                (linear.weight @ y).view(-1, size) for linear, y in ((self.q, to_q), (self.k, to_k), (self.v, to_v))
             )
             pair = k[:, :, None] * v[:, None, :]
             o = (q[:, :, None] * (memory + self.bonus[:, :, None] * pair)).sum(1)

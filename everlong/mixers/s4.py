@@ -29,7 +29,7 @@ from everlong.mixers.base import Cost, Mixer
 from everlong.mixers.s4d import S4D
 from everlong.nn.hippo import normal_plus_low_rank
 from everlong.nn.layers import exact
-from everlong.nn.state_space import System, SystemOptions, complexes, reals
+from everlong.nn.state_space import CHUNK, System, SystemOptions, complexes, reals
 from everlong.ops.spans import spans
 
 POLES = 1 << 17  # numbers in a tensor of poles and frequencies: the few that are in use stay in the last cache
@@ -97,7 +97,6 @@ class LowRank(System):
     """
 
     steps = 32
-    chunk = 32  # a longer one would need one more square of N x N numbers a channel
 
     def __init__(
         self,
@@ -117,7 +116,8 @@ class LowRank(System):
         self.row = 2 * P.conj() * resolvent
         self.entry = 2 * resolvent * (B - gain * P * (self.row * B).real.sum(1, keepdim=True))
         self.numbers = 2 * P.shape[1]
-        self._squares: list[Tensor] = []
+        self._powers = {0: torch.ones_like(self.diagonal), 1: self.diagonal}
+        self._kept = {1: (reals(self.column)[:, None], reals(self.row, conjugate=True)[:, None])}
 
     def kernel(self, length: int) -> Float[Tensor, "D L"]:
         C = self.C - self._before(length)
@@ -137,48 +137,59 @@ class LowRank(System):
 
     def _before(self, steps: int) -> Complex[Tensor, "D P"]:
         """C A'^steps."""
-        row = self._many(reals(2 * self.C, conjugate=True)[:, None], steps, rows=True)[:, 0]
-        return complexes(row).conj() / 2
+        row = reals(2 * self.C, conjugate=True)[:, None]
+        whole, rest = divmod(steps, CHUNK)
+        for count in [CHUNK] * whole + [rest] * (rest > 0):
+            row = self._applied(row, count, rows=True)
+        return complexes(row[:, 0]).conj() / 2
 
-    def _square(self, i: int) -> Float[Tensor, "D N N"]:
-        """A' to the power of 2^i, as a matrix of real numbers."""
-        if not self._squares:
-            a, eye = self.diagonal, torch.eye(self.P.shape[1], dtype=self.step.dtype, device=self.step.device)
-            turn = torch.stack([torch.stack([a.real, -a.imag], -1), torch.stack([a.imag, a.real], -1)], -2)
-            diagonal = (eye[:, None, :, None] * turn[:, :, :, None]).flatten(3).flatten(1, 2)
-            self._squares.append(diagonal - reals(self.column)[:, :, None] * reals(self.row, conjugate=True)[:, None])
-        while len(self._squares) <= i:
-            self._squares.append(self._squares[-1] @ self._squares[-1])
-        return self._squares[i]
+    def _applied(self, x: Float[Tensor, "D n N"], steps: int, *, rows: bool = False) -> Float[Tensor, "D n N"]:
+        """A'^steps x, from 1 to about `CHUNK` steps; with `rows`, x A'^steps.
 
-    def _many(self, x: Float[Tensor, "D n N"], steps: int, *, rows: bool = False) -> Float[Tensor, "D n N"]:
-        """A'^steps x; with `rows`, x A'^steps."""
-        largest = self.chunk.bit_length() - 1
-        bits = [i for i in range(largest) if steps >> i & 1]
-        # Beyond a chunk, one product with a vector after another is less work than another square.
-        for i in bits + [largest] * (steps >> largest):
-            x = x @ (self._square(i) if rows else self._square(i).mT)
-        return x
+        A'^k = diagonal^k - sum_{j < k} (A'^{k-1-j} column) (row diagonal^j): k vectors in place of a matrix.
+        """
+        power = self._power(steps)[:, None]
+        kept = reals(complexes(x) * (power.conj() if rows else power))
+        columns, weights = self._vectors(steps)
+        first, second = (columns, weights) if rows else (weights, columns)
+        return kept - (x @ first.mT).flip(2) @ second
+
+    def _vectors(self, steps: int) -> tuple[Float[Tensor, "D k N"], Float[Tensor, "D k N"]]:
+        """A'^j column and row diagonal^j for j < steps."""
+        if steps in self._kept:
+            return self._kept[steps]
+        half = 1 << (steps - 1).bit_length() - 1
+        columns, weights = self._vectors(half)
+        more = reals(complexes(weights[:, : steps - half]) * self._power(half).conj()[:, None])
+        columns = torch.cat([columns, self._applied(columns[:, : steps - half], half)], 1)
+        self._kept[steps] = columns, torch.cat([weights, more], 1)
+        return self._kept[steps]
+
+    def _power(self, steps: int) -> Complex[Tensor, "D P"]:
+        """diagonal^steps."""
+        if steps not in self._powers:
+            half = self._power(steps // 2)
+            self._powers[steps] = half * half * self.diagonal if steps % 2 else half * half
+        return self._powers[steps]
 
     def _doubled(self, x: Float[Tensor, "D 1 N"], length: int, *, rows: bool = False) -> Float[Tensor, "D L N"]:
         """x, A' x, A'^2 x, ..., each product as long as what there is already."""
-        while x.shape[1] < length:
-            square = self._square(x.shape[1].bit_length() - 1)
-            x = torch.cat([x, x @ (square if rows else square.mT)], 1)
-        return x[:, :length]
+        while (count := x.shape[1]) < length:
+            x = torch.cat([x, self._applied(x[:, : length - count], count, rows=rows)], 1)
+        return x
 
     def reads(self, length: int) -> Float[Tensor, "D L N"]:
-        first = reals(2 * self.C, conjugate=True)[:, None]
-        return self._doubled(self._many(first, 1, rows=True), length, rows=True)
+        first = self._applied(reals(2 * self.C, conjugate=True)[:, None], 1, rows=True)
+        return self._doubled(first, length, rows=True)
 
     def writes(self, length: int) -> Float[Tensor, "D L N"]:
         return self._doubled(reals(self.entry)[:, None], length).flip(1)
 
     def advance(self, state: Float[Tensor, "D n N"], steps: int | Int[Tensor, " n"]) -> Float[Tensor, "D n N"]:
         if isinstance(steps, int):
-            return self._many(state, steps)
+            return self._applied(state, steps)
         for i in range(int(steps.max()).bit_length()):
-            state = torch.where((steps[:, None] >> i) % 2 == 1, state @ self._square(i).mT, state)
+            state = torch.where((steps[:, None] >> i) % 2 == 1, self._applied(state, 1 << i), state)
         return state
 
     def loop(

@@ -128,7 +128,6 @@ class Diagonal(System):
     """x_t = exp(log_transition) x_{t-1} + entry u_t and y_t = 2 Re(C x_t), with P = N/2 complex numbers a channel."""
 
     steps = 4
-    chunk = 64
 
     def __init__(
         self, log_transition: Complex[Tensor, "D P"], entry: Complex[Tensor, "D P"], C: Complex[Tensor, "D P"]

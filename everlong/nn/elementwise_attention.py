@@ -26,7 +26,7 @@ from everlong.ops.scoring import uncompiled
 Function = Literal["relu2", "laplace"]
 
 SCORES = 1 << 20  # that are held at a time: they pass through the caches several times
-ROWS = 128  # of a block of queries; in causal attention half of a block's last columns are for nothing
+ROWS = 64
 MEAN, DEVIATION = math.sqrt(0.5), math.sqrt(1 / (4 * math.pi))  # of laplace
 
 

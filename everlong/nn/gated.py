@@ -212,14 +212,12 @@ def attend(
     function: Function = "laplace" if weights == "laplace" else "relu2"
     gain = factor if shared else None
 
-    def read(
-        q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, gain: Tensor | None
-    ) -> Float[Tensor, "N T V"]:
+    def read(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, gain: Tensor | None) -> Float[Tensor, "N T V"]:
         return elementwise_attention(q, k, v, function=function, bias=bias, gain=gain, causal=causal, form=form)
 
-    if not position.biased:
+    if not position.biased or not q.numel():
         return read(q, k, v, None, None)
-    if counted or not q.numel():
+    if counted:
         zero = torch.zeros(1, dtype=torch.long, device=q.device)
         distances = torch.arange(1 - S, 1 if causal else T, device=q.device)
         return read(q, k, v, position.score_bias(zero, distances).flatten().to(kind), gain)

@@ -14,6 +14,7 @@ from torch.nn.functional import linear
 from everlong.config import config
 from everlong.nn.unrolled import unrolled
 from everlong.ops.chunks import Layout, plan, without_autocast
+from everlong.ops.scoring import uncompiled
 
 Kind = Literal["tanh", "relu", "lstm", "gru"]
 GATES: dict[Kind, int] = {"tanh": 1, "relu": 1, "lstm": 4, "gru": 3}
@@ -67,13 +68,18 @@ class Cells(nn.Module):
             for gate in torch.split(self.weight_hh, size):
                 nn.init.orthogonal_(gate)
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]  # the compiler would unroll all steps
     def forward(
         self, x: Float[Tensor, "B T D"], states: tuple[Tensor, ...], cu_seqlens: Int[Tensor, " N_plus_1"] | None
     ) -> tuple[Float[Tensor, "B T S"], tuple[Tensor, ...]]:
         """The hidden state of every step, and the states `[N, S]` after the last, from the `states [N, S]` before."""
         if x.shape[1] == 0:
             return x.new_zeros(*x.shape[:2], self.size), states
+        y, after = uncompiled(self._steps)(x, states, cu_seqlens)
+        return y, after
+
+    def _steps(
+        self, x: Tensor, states: tuple[Tensor, ...], cu_seqlens: Tensor | None
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
         layout = plan(x.shape[0], x.shape[1], cu_seqlens, 1)
         with without_autocast(x):  # in the states' dtype: what rounding adds in a step goes through all later ones
             dtype = states[0].dtype

@@ -155,10 +155,16 @@ def test_bad_numbers():
         generate(model, [[1]], max_new_tokens=1, chunk=0)
 
 
-def test_a_model_that_sees_the_future_does_not_generate():
-    model = build(({"mixer": "attention", "causal": False},))
-    with pytest.raises(ValueError, match="causal=False"):
-        generate(model, [[1]], max_new_tokens=1)
+@pytest.mark.parametrize(
+    ("layer", "told"),
+    [
+        ({"mixer": "attention", "causal": False}, "attention with causal=False sees the tokens to come.*: leave it out"),
+        ("linformer", "linformer, which is bidirectional only, sees the tokens to come.*: take one of attention, "),
+    ],
+)
+def test_a_model_that_sees_the_future_does_not_generate(layer, told):
+    with pytest.raises(ValueError, match=told):
+        generate(build((layer,)), [[1]], max_new_tokens=1)
 
 
 def cut(text, places):

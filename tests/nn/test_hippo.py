@@ -178,7 +178,9 @@ def test_lagt_rebuilds_the_recent_past_best():
     [("legs", "zoh"), *((measure, rule) for measure in ("legt", "lagt") for rule in ("backward", "bilinear", "zoh"))],
 )
 def test_a_constant_is_remembered_by_its_mean_alone(measure, rule):
-    kept, _ = Memory(8, measure, window=100.0, rule=rule).compress(torch.full((4000,), 3.0, dtype=torch.float64))
+    kept, _ = Memory(8, measure, window=100.0, rule=rule).compress(
+        torch.full((300 if measure == "legs" else 4000,), 3.0, dtype=torch.float64)
+    )
     torch.testing.assert_close(kept.values, torch.eye(8, dtype=torch.float64)[0] * 3.0, atol=1e-9, rtol=0)
 
 
@@ -187,7 +189,7 @@ def test_the_rules_come_closer_to_the_exact_one_with_finer_samples(measure):
     """With twice the samples of the same signal, Euler's errors are halved, and LegT's bilinear ones quartered."""
     for rule in ("forward", "backward", "bilinear"):
         errors = []
-        for length in (500, 1000, 2000):
+        for length in (250, 500, 1000):
             signal = band_limited(length)
             window = length / 2
             exact, _ = Memory(6, measure, window).compress(signal)

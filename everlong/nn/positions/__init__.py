@@ -10,7 +10,7 @@ from typing import Any
 
 from everlong.config import from_dict, unknown
 from everlong.nn.positions.absolute import Hierarchical, Learned, Multiplicative, Sinusoidal, sinusoids
-from everlong.nn.positions.attending import attend
+from everlong.nn.positions.attending import attend, consecutive
 from everlong.nn.positions.base import HOOKS, READING, Kept, Position, PositionEncoding
 from everlong.nn.positions.biases import T5, Alibi, RotaryBias
 from everlong.nn.positions.complex_order import ComplexOrder
@@ -43,6 +43,7 @@ __all__ = [
     "TransformerXL",
     "attach",
     "attend",
+    "consecutive",
     "fitting",
     "load",
     "markdown",

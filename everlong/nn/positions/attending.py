@@ -75,6 +75,12 @@ def attend(
     return uncompiled(parts.packed)(q, k, v, queries, keys, cu_seqlens)
 
 
+def consecutive(keys: Int[Tensor, "N S"], real: Bool[Tensor, "N S"] | None) -> bool:
+    """Whether the positions of real keys follow each other without gaps."""
+    follows = keys.diff(dim=1) == 1
+    return bool((follows if real is None else follows | ~real[:, :-1]).all())
+
+
 class _Parts:
     """Attention of parts of the queries to parts of the keys, under one rule."""
 
