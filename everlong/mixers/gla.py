@@ -5,10 +5,9 @@
     y_t = W_o [ norm(o_t) * silu(W_gate x_t) ]
 
 Shapes    x [B, T, D] -> y [B, T, D];  q, k, alpha [B, T, H, K];  v [B, T, H, V], H K = D / 2, H V = D by default
-State     S [B, H, K, V]: 4 H K V bytes a sequence, whatever its length; with convolutions of W taps their last inputs as
-          well, 4 (W - 1)(2 H K + H V) bytes
-Cost      FLOPs a token: 2 D H (2 K + 3 V) + 2 rank (D + H K) for the projections + 4 H K V for the memory + 2 W (2 H K +
-          H V) for convolutions
+State     S [B, H, K, V]: 4 H K V bytes a sequence, whatever its length; convolutions add 4 (W - 1)(2 H K + H V)
+Cost      FLOPs a token: 2 D H (2 K + 3 V) + 2 rank (D + H K) for the projections + 4 H K V for the memory; convolutions
+          of W taps add 2 W (2 H K + H V)
 Source    Yang et al. 2023, "Gated Linear Attention Transformers", arXiv 2312.06635
 Deviates  the gate before the output has no bias; optional short convolutions of q, k, v with silu, as the authors' code
 """

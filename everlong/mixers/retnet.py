@@ -109,7 +109,9 @@ class RetNet(Mixer):
 
     def _rotate(self, q: Tensor, k: Tensor, positions: Int[Tensor, "rows T"]) -> tuple[Tensor, Tensor]:
         exact = torch.promote_types(q.dtype, torch.float32)
-        theta = torch.exp(-math.log(1e4) * torch.linspace(0, 1, self.config.head_size // 2, dtype=exact, device=q.device))
+        theta = torch.exp(
+            -math.log(1e4) * torch.linspace(0, 1, self.config.head_size // 2, dtype=exact, device=q.device)
+        )
         cos, sin = waves(positions, theta, q.dtype)
         return turn(halves(q), cos, sin), turn(halves(k), cos, sin)
 

@@ -161,7 +161,11 @@ class Rope(PositionEncoding):
 
 
 def waves(
-    positions: Int[Tensor, "rows T"], frequencies: Float[Tensor, "*heads pairs"], dtype: torch.dtype, *, factor: float = 1.0
+    positions: Int[Tensor, "rows T"],
+    frequencies: Float[Tensor, "*heads pairs"],
+    dtype: torch.dtype,
+    *,
+    factor: float = 1.0,
 ) -> tuple[Float[Tensor, "rows T _ pairs"], Float[Tensor, "rows T _ pairs"]]:
     """Cosine and sine of the angles at these positions, times `factor`: as pairs turn, in all heads or in each.
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from everlong.lab.bench.comparison import Comparison, make
+from everlong.lab.bench.comparison import Comparison, convolved, make
 from everlong.lab.bench.errors import naive
 
 ORACLE = "fla-core, gla/naive.py"
@@ -28,15 +28,12 @@ def _layer(length: int, **options: Any) -> Comparison:
     ours = make("gla", width=48, num_heads=3, **options)
     run = naive("fla/ops/gla/naive.py").naive_recurrent_gla
 
-    def filtered(x: Tensor, name: str) -> Tensor:
-        y: Tensor = getattr(ours, name)(x)
-        if ours.config.kernel is None:
-            return y
-        weight = getattr(ours, f"{name}_conv").weight[:, None]
-        return F.silu(F.conv1d(F.pad(y.mT, (weight.shape[-1] - 1, 0)), weight, groups=len(weight))).mT
+    def projected(x: Tensor, name: str) -> Tensor:
+        y: Tensor = getattr(ours, name)(x) if ours.config.kernel is None else convolved(ours, name, x)
+        return y
 
     def theirs(x: Tensor) -> Tensor:
-        q, k, v, g = (y.unflatten(-1, (3, -1)) for y in (*(filtered(x, name) for name in "qkv"), ours.decay(x)))
+        q, k, v, g = (y.unflatten(-1, (3, -1)) for y in (*(projected(x, name) for name in "qkv"), ours.decay(x)))
         o, _ = run(q, k, v, F.logsigmoid(g) / ours.config.gate_temperature)
         o = F.rms_norm(o, (16,), ours.norm.weight[0], ours.norm.eps)
         y: Tensor = ours.o(o.flatten(-2) * F.silu(ours.gate(x)))
