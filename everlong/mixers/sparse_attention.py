@@ -16,10 +16,10 @@ Shapes    x [B, T, D] -> y [B, T, D];  q [B, T, H, K];  k, v [B, S, G, K] with G
 State     keys, values and places of what a later token may still see, 8 G K + 8 bytes each: the last w - 1 tokens; all
           (strided, atrous, sparse); or c of l and those of the last block (fixed). And the first g, and a count
 Cost      FLOPs a token: 4 D K (H + G) for the projections + 4 H K |A_t|; of whole texts see nn/sparse.py
-Source    Child et al. 2019, "Generating Long Sequences with Sparse Transformers", arXiv 1904.10509; Beltagy et al. 2020,
-          "Longformer", arXiv 2004.05150 (global tokens, with projections of their own); Su 2019, kexue.fm/archives/6853
-Deviates  Longformer's window of w tokens, half on either side, is `window` = w / 2 + 1; its w may be odd nowhere. Heads
-          are split into halves, not in Child's learned shares
+Source    Child et al. 2019, "Generating Long Sequences with Sparse Transformers", arXiv 1904.10509; Beltagy et al.
+          2020, "Longformer", arXiv 2004.05150 (global tokens, with projections of their own); Su 2019,
+          kexue.fm/archives/6853
+Deviates  Longformer's window of w tokens, half of them on either side, is `window` = w / 2 + 1 here; no dilation
 """
 
 import dataclasses
@@ -28,7 +28,6 @@ from typing import Literal, NamedTuple
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from everlong.config import config, divisible
 from everlong.mixers.base import Context, Cost, HeadOptions, Mixer, Traits, unpadded
@@ -62,7 +61,7 @@ class Options(HeadOptions):
     """Heads of keys and values, shared by groups of query heads; None: as many as query heads."""
     pattern: Literal["window", "strided", "fixed", "atrous", "sparse"] = "fixed"
     compose: Literal["union", "heads", "layers", "near", "far"] = "union"
-    """How near and far meet: in every head, in one half of the heads each, in every other layer; or one of them alone."""
+    """Where near and far are: in every head, each in half the heads, each in every other layer; or only one of them."""
     window: int = 64
     """Of the pattern of that name: a token sees this many tokens, itself included, in each direction."""
     stride: int = 64
@@ -125,8 +124,8 @@ class Options(HeadOptions):
         """What is seen, and by which heads of keys and values."""
         whole = Pattern(
             causal=self.causal,
-            near={"fixed": "block", "atrous": None}.get(self.pattern, "window"),  # type: ignore[arg-type]
-            far={"fixed": "summaries", "window": None}.get(self.pattern, "multiples"),  # type: ignore[arg-type]
+            near={"fixed": "block", "atrous": None}.get(self.pattern, "window"),
+            far={"fixed": "summaries", "window": None}.get(self.pattern, "multiples"),
             window={"window": self.window, "sparse": self.stride + 1}.get(self.pattern, self.stride),
             stride=self.stride,
             summary=self.summary,
@@ -183,7 +182,10 @@ class SparseAttention(Mixer):
         return State(tuple(caches), self.new_state(batch, dtype=torch.long))
 
     def _empty(self, batch: int, heads: int) -> Cache:
-        keys, numbers = self.new_state(batch, 0, heads, self.config.head_size), self.new_state(batch, 0, dtype=torch.long)
+        keys, numbers = (
+            self.new_state(batch, 0, heads, self.config.head_size),
+            self.new_state(batch, 0, dtype=torch.long),
+        )
         return Cache(keys, keys, numbers, numbers)
 
     @unpadded
@@ -194,8 +196,10 @@ class SparseAttention(Mixer):
         start = self.new_state(context.sequences(x), dtype=torch.long) if past is None else past.length
         where = context.count_from(None if past is None else start, x)
         alike = context.cu_seqlens is None and bool((start == start[:1]).all())
-        few = context.cu_seqlens is None and x.shape[1] <= FEW and not (
-            self.config.own and bool((start < self.config.global_tokens).any())
+        few = (
+            context.cu_seqlens is None
+            and x.shape[1] <= FEW
+            and not (self.config.own and bool((start < self.config.global_tokens).any()))
         )
         if alike or few:
             o, state = self._mix(x, where, start, past, context.form, alike=alike)
@@ -220,9 +224,12 @@ class SparseAttention(Mixer):
             o, after = self._mix(tokens, places, start[members], before, context.form, alike=True)
             outputs.append(o)
             states.append(after)
-        leaves, spec = zip(*(pytree.tree_flatten(state) for state in states), strict=True)
-        joined = [groups.rows(stacked(list(of)) if of[0].dim() > 1 else of) for of in zip(*leaves, strict=True)]
-        return groups.row(outputs).unflatten(1, (B, T))[0], pytree.tree_unflatten(joined, spec[0])
+        o = groups.row(outputs).view(B, T, *outputs[0].shape[2:])
+        caches = tuple(
+            Cache(*(groups.rows(stacked(list(leaves))) for leaves in zip(*of, strict=True)))
+            for of in zip(*(state.caches for state in states), strict=True)
+        )
+        return o, State(caches, groups.rows([state.length for state in states]))
 
     def _mix(
         self, x: Tensor, where: Tensor, start: Tensor, past: State | None, form: str, *, alike: bool
@@ -306,9 +313,12 @@ class SparseAttention(Mixer):
             return added[..., heads, :, :] if added.shape[-3] > 1 else added
 
         numbers = grown.numbers[:1] if alike else grown.numbers
+        reading, read = (where.expand(len(q), -1), grown.positions) if self._biased else (places, numbers)
+        if bool((read == read[:1]).all()) and bool((reading == reading[:1]).all()):
+            reading, read = reading[:1], read[:1]
         return pattern.attend(
-            Queries(q, places, where),
-            Keys(grown.keys, grown.values, numbers - 1, grown.positions if self._biased else numbers),
+            Queries(q, places, reading),
+            Keys(grown.keys, grown.values, numbers - 1, read),
             scale=self.position.scale,
             bias=bias if self._biased else None,
             alike=alike,

@@ -9,7 +9,7 @@ encoding is told may be another.
 
 Forms     mask        all queries at once against the keys that any of them sees, under a mask
           tiles       near, summaries and global keys: tiles of neighbouring queries, each against what it reaches
-          classes     multiples: tokens whose places leave the same remainder are a sequence of their own, T / stride long
+          classes     multiples: tokens whose places leave the same remainder are a sequence of their own
 
 Work      of T queries:  T w for a window w;  T (l + c T / l) for blocks of l with c summaries;  T (l + T / l) for a
           window l and multiples of l;  T g for g global tokens; each up to a factor of 2 or so
@@ -44,13 +44,13 @@ class Queries(NamedTuple):
     places: Int[Tensor, "rows T"]
     positions: Int[Tensor, "rows T"]
 
-    def since(self, start: int, stop: int | None = None) -> "Queries":
-        """A part of them."""
+    def part(self, start: int, stop: int | None) -> "Queries":
+        """Some neighbours."""
         return Queries(*(x[:, start:stop] for x in self))
 
     def split(self, sizes: list[int]) -> list["Queries"]:
         """Neighbours together, so many at a time."""
-        return [Queries(*parts) for parts in zip(*(x.split(sizes, 1) for x in self), strict=True)]
+        return [Queries(*parts) for parts in zip(*(x.split_with_sizes(sizes, 1) for x in self), strict=True)]
 
 
 class Keys(NamedTuple):
@@ -61,16 +61,21 @@ class Keys(NamedTuple):
     places: Int[Tensor, "rows S"]  # -1: there is nothing
     positions: Int[Tensor, "rows S"]
 
+    def part(self, start: int, stop: int | None) -> "Keys":
+        """Some neighbours."""
+        return Keys(*(x[:, start:stop] for x in self))
+
     def pick(self, index: Int[Tensor, " R"]) -> "Keys":
         """Some of them."""
         return Keys(*(x.index_select(1, index) for x in self))
 
     def split(self, sizes: list[int]) -> list["Keys"]:
         """Neighbours together, so many at a time."""
-        return [Keys(*parts) for parts in zip(*(x.split(sizes, 1) for x in self), strict=True)]
+        return [Keys(*parts) for parts in zip(*(x.split_with_sizes(sizes, 1) for x in self), strict=True)]
 
 
 def _joined(parts: list[Keys]) -> Keys:
+    parts = [part for part in parts if part.keys.shape[1]] or parts[:1]
     return parts[0] if len(parts) == 1 else Keys(*(torch.cat(leaves, 1) for leaves in zip(*parts, strict=True)))
 
 
@@ -91,7 +96,7 @@ class Pattern:
     def visible(self, queries: Int[Tensor, "rows T"], keys: Int[Tensor, "rows_or_1 S"]) -> Bool[Tensor, "some T S"]:
         """Which of these places sees which; nobody sees a key at -1."""
         query, key = queries[..., :, None], keys[..., None, :]
-        seen = (key < self.global_tokens).expand(torch.broadcast_shapes(query.shape, key.shape))
+        seen = key < self.global_tokens
         if self.near == "window":
             seen = seen | ((query - key).abs() < self.window)
         elif self.near == "block":
@@ -217,10 +222,10 @@ class _Reader:
         rule = self.pattern
         # The first tokens read by a rule of their own.
         count = min(max(rule.global_tokens - int(q.places[0, 0]), 0), q.vectors.shape[1])
-        first = [self.at_once(q.since(0, count), k)[0]] if count else []
+        first = [self.at_once(q.part(0, count), k)[0]] if count else []
         if count == q.vectors.shape[1]:
             return first[0]
-        q = q.since(count)
+        q = q.part(count, None)
         in_classes = rule.far == "multiples"
         in_tiles = rule.near is not None or rule.far == "summaries" or rule.global_tokens > 0
         if not in_tiles and not in_classes:
@@ -232,7 +237,8 @@ class _Reader:
         else:
             o, lse = replace(self, pattern=replace(rule, far=None)).tiles(q, k, with_lse=True)
             more, more_lse = self.classes(q, k, with_lse=True)
-            assert lse is not None and more_lse is not None
+            assert lse is not None
+            assert more_lse is not None
             o, _ = merge(o, lse, more, more_lse)
         return torch.cat([*first, o], 1) if first else o
 
@@ -264,10 +270,10 @@ class _Reader:
             q.split([b - a for a, b in itertools.pairwise(edges)]), near, spans, strict=True
         ):
             before, after = bisect.bisect_left(columns, first), bisect.bisect_left(columns, last)
-            parts = [Keys(*(x[:, :before] for x in others)), keys]
+            parts = [others.part(0, before), keys]
             if not rule.causal:
-                parts.append(Keys(*(x[:, after:] for x in others)))
-            results.append(self.read(query, _joined([p for p in parts if p.keys.shape[1]] or parts[:1]), with_lse=with_lse))
+                parts.append(others.part(after, None))
+            results.append(self.read(query, _joined(parts), with_lse=with_lse))
         sums = [lse for _, lse in results if lse is not None]
         return torch.cat([o for o, _ in results], 1), torch.cat(sums, 1) if sums else None
 
@@ -282,9 +288,9 @@ class _Reader:
 
     def classes(self, q: Queries, k: Keys, *, with_lse: bool) -> Result:
         """Tokens of one remainder together, beyond what is near or global; all are aligned at the last token."""
-        rule, (N, T), S = self.pattern, q.vectors.shape[:2], k.keys.shape[1]
-        stride = rule.stride
-        skipped = -(-rule.window // stride) if rule.near == "window" else 0  # of the nearest of a class
+        rule, stride, (N, T) = self.pattern, self.pattern.stride, q.vectors.shape[:2]
+        # So many of the nearest of a class are near already: of a block the token itself.
+        skipped = {"window": -(-rule.window // stride), "block": 1}.get(rule.near or "", 0)
         queries, keys, values = (_fold(x, stride) for x in (q.vectors, k.keys, k.values))
         places = _fold(k.places[:1] + 1, stride) - 1
         shared = places >= rule.global_tokens
@@ -316,10 +322,10 @@ def _fold(x: Tensor, stride: int) -> Tensor:
     """`[N, T, ...]` as `[N stride, ceil(T / stride), ...]`, with zeros before the first token."""
     missing = -x.shape[1] % stride
     x = functional.pad(x, (*(0, 0) * (x.dim() - 2), missing, 0)) if missing else x
-    return x.unflatten(1, (-1, stride)).transpose(1, 2).flatten(0, 1)
+    return x.reshape(x.shape[0], -1, stride, *x.shape[2:]).transpose(1, 2).flatten(0, 1)
 
 
 def _unfold(x: Tensor, stride: int, length: int) -> Tensor:
     """The inverse of `_fold`."""
-    x = x.unflatten(0, (-1, stride)).transpose(1, 2).flatten(1, 2)
+    x = x.view(-1, stride, *x.shape[1:]).transpose(1, 2).flatten(1, 2)
     return x[:, x.shape[1] - length :]
