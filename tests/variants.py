@@ -183,6 +183,7 @@ VARIANTS = {
         {"num_heads": 3, "length": 300, "slots": 50, "projection": "max"},
         {"num_heads": 2, "length": 300, "slots": 43, "projection": "convolution"},
         {"num_heads": 2, "length": 300, "slots": 60, "projection": "convolution", "sharing": "none"},
+    ],
     "sparse_attention": [
         {"num_heads": 3, "pattern": "window", "window": 5, "global_tokens": 2, "position": "alibi"},
         {"num_heads": 6, "num_kv_heads": 2, "pattern": "window", "window": 1, "global_tokens": 3, "bias": True},
