@@ -12,7 +12,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from everlong.generate.sampling import Sampling, generators, sample
-from everlong.mixers.base import Context
+from everlong.mixers.base import Context, sees_ahead
 from everlong.models.lm import LanguageModel, State
 
 CHUNK = 2048
@@ -118,9 +118,10 @@ def _steps(
     for name, number in (("max_new_tokens", max_new_tokens), ("chunk", chunk)):
         if number < 1:
             raise ValueError(f"`{name}` must be at least 1: got {number}")
-    for _, options in model.config.pattern():
-        if not getattr(options, "causal", True):
-            raise ValueError("a model with a layer of `causal=False` sees the tokens to come: it generates none")
+    for mixer, options in model.config.pattern():
+        if (found := sees_ahead(mixer, options)) is not None:
+            layer, way = found
+            raise ValueError(f"a model with {layer} sees the tokens to come, and generates none: {way}")
     if model.config.embedding_looks_ahead:
         raise ValueError(f"a model with positions={model.config.positions} sees the tokens to come: it generates none")
     known, longest = model.config.position_limit, max(map(len, prompts))

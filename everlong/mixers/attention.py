@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from everlong.config import config, divisible
 from everlong.mixers.base import Context, Cost, HeadOptions, Mixer, Traits, unpadded
 from everlong.nn import positions
-from everlong.nn.cache import append
+from everlong.nn.cache import append, append_ragged
 from everlong.nn.layers import HeadNorm
 
 
@@ -162,21 +162,11 @@ class Attention(Mixer):
     ) -> tuple[Float[Tensor, "N T H K"], State]:
         """Queries after a cache where rows bring unequal numbers of tokens, each at the end of its row."""
         kept = past.length.clamp_max(past.keys.shape[1])
-        column = torch.arange(past.keys.shape[1], device=q.device)
-        fresh = torch.arange(q.shape[1], device=q.device)
-        real = torch.cat([column >= len(column) - kept[:, None], fresh >= len(fresh) - lengths[:, None]], dim=1)
-        order = real.int().argsort(dim=1, stable=True)  # the gap between old and new moves to the front
-
-        def joined(old: Tensor, new: Tensor) -> Tensor:
-            index = order.view(*order.shape, *(1,) * (new.dim() - 2)).expand(-1, -1, *new.shape[2:])
-            return torch.cat([old.to(new.dtype), new], dim=1).gather(1, index)
-
-        keys, values = joined(past.keys, k), joined(past.values, v)
-        places = joined(past.positions, where) if self._places else past.positions
-        o = self._attend(q, keys, values, where, places, context, real=real.gather(1, order))
-        longest = int((kept + lengths).max()) if len(lengths) else 0
-        gap = keys.shape[1] - longest
-        return o, self._state(keys[:, gap:], values[:, gap:], places[:, gap:], past.length + lengths)
+        grown = [(past.keys, k), (past.values, v), *([(past.positions, where)] if self._places else [])]
+        (keys, values, *rest), real = append_ragged(grown, kept, lengths)
+        places = rest[0] if rest else past.positions
+        o = self._attend(q, keys, values, where, places, context, real=real)
+        return o, self._state(keys, values, places, past.length + lengths)
 
     def _attend(
         self,
@@ -193,7 +183,7 @@ class Attention(Mixer):
         """`counted`: that positions follow each other without gaps; None: to be found out, after a cache."""
         cached = counted is None
         if counted is None:
-            counted = not self._places or _consecutive(keys, real)
+            counted = not self._places or positions.consecutive(keys, real)
         return positions.attend(
             self.position,
             q,
@@ -280,12 +270,6 @@ class Attention(Mixer):
             outputs.append(o + read[0, :, 0] if isinstance(read, Tensor) else o)
         y: Tensor = self.o(torch.stack(outputs).flatten(-2))
         return y
-
-
-def _consecutive(keys: Int[Tensor, "N S"], real: Tensor | None) -> bool:
-    """Whether the positions of real keys follow each other without gaps."""
-    follows = keys.diff(dim=1) == 1
-    return bool((follows if real is None else follows | ~real[:, :-1]).all())
 
 
 def unpack(x: Tensor, cu_seqlens: Int[Tensor, " N_plus_1"]) -> Tensor:

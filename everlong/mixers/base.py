@@ -251,3 +251,12 @@ def with_trait(trait: str, value: Any = True) -> str:
         return value in found if isinstance(found, frozenset) else found == value
 
     return ", ".join(name for name in names() if has(load(name))) or "none"
+
+
+def sees_ahead(mixer: type[Mixer], options: Any) -> tuple[str, str] | None:
+    """What of a layer shows tokens those that follow, and the way out, for error messages; None: it is causal."""
+    if not mixer.traits.causal:
+        return f"a layer of {name_of(mixer)}, which is bidirectional only,", f"take one of {with_trait('causal')}"
+    if not getattr(options, "causal", True):
+        return f"a layer of {name_of(mixer)} with causal=False", "leave it out"
+    return None

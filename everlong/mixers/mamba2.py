@@ -137,19 +137,19 @@ class Mamba2(Mixer):
             parameters=weights + (config.kernel + 1) * channels + inner + 3 * h,
         )
 
-    @staticmethod
-    def reference(
-        x: Float[Tensor, "T P"],
-        step: Float[Tensor, " T"],
-        rate: float,
-        B: Float[Tensor, "T N"],
-        C: Float[Tensor, "T N"],
-        skip: float,
-    ) -> Float[Tensor, "T P"]:
-        """Equation 16 for one sequence and one head, one token after another, in float64; `rate` is A, below 0."""
-        x, step, B, C = (t.double() for t in (x, step, B, C))
-        memory, outputs = x.new_zeros(B.shape[1], x.shape[1]), []
-        for x_t, step_t, B_t, C_t in zip(x, step, B, C, strict=True):
-            memory = torch.exp(step_t * rate) * memory + torch.outer(B_t, step_t * x_t)
-            outputs.append(memory.T @ C_t + skip * x_t)
+    def reference(self, x: Float[Tensor, "T D"]) -> Float[Tensor, "T D"]:
+        c = self.config
+        q = self.q_conv.reference(self.q(x)).view(len(x), c.num_groups, -1)
+        k = self.k_conv.reference(self.k(x)).view(len(x), c.num_groups, -1)
+        v = self.v_conv.reference(self.v(x)).view(len(x), c.heads, -1)
+        q, k = (y.repeat_interleave(c.heads // c.num_groups, dim=1) for y in (q, k))
+        memory, outputs = x.new_zeros(c.heads, c.state_size, v.shape[-1]), []
+        for t, x_t in enumerate(x):
+            step = torch.log1p(torch.exp(self.step(x_t) + self.step_bias))
+            decay = torch.exp(-self.log_rate.exp() * step)
+            memory = decay[:, None, None] * memory + k[t][:, :, None] * (step[:, None] * v[t])[:, None]
+            o = (memory * q[t][:, :, None]).sum(1) + self.skip[:, None] * v[t]
+            o = (o.flatten() * F.silu(self.gate(x_t))).view(c.num_groups, -1)
+            o = self.norm.reference(o)
+            outputs.append(self.o(o.flatten()))
         return torch.stack(outputs)

@@ -56,7 +56,7 @@ class Options(HeadOptions):
     draw: random_features.Draw = "orthogonal"
     """Of the rows: orthogonal and as long as normal vectors, regularized (orthogonal, all of the same length), or
     independent."""
-    position: str = "none"
+    position: positions.Position = "none"
     causal: bool = True
     bias: bool = False
 
@@ -157,7 +157,7 @@ class Performer(Mixer):
     def _relu(
         self, q: Tensor, k: Tensor, v: Tensor, past: exponentials.Sums, context: Context
     ) -> tuple[Float[Tensor, "B T H V"], exponentials.Sums]:
-        q, k = (((y @ self.rows.T).relu() + RELU_FLOOR).to(v.dtype) for y in (q, k))
+        q, k = (((y @ self.rows.T.to(y.dtype)).relu() + RELU_FLOOR).to(v.dtype) for y in (q, k))
         o, (memory, normalizer) = linear_attention(
             q,
             k,

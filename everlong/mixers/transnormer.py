@@ -56,7 +56,7 @@ class Options(HeadOptions):
     """Of the weights within a block: relu with a norm (T1) or softmax (T2)."""
     block_size: int = 64
     """Tokens of a block, counted from the start of the text."""
-    position: str = "none"
+    position: positions.Position = "none"
     causal: bool = True
     bias: bool = False
 

@@ -32,6 +32,11 @@ class HeadNorm(nn.Module):
             return rms_norm(x, None if self.weight is None else self.weight[0], self.eps)
         return rms_norm(x, None, self.eps) * self.weight.to(x.dtype)
 
+    def reference(self, x: Float[Tensor, "H V"]) -> Float[Tensor, "H V"]:
+        """The equation, of one token."""
+        y: Tensor = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.eps)
+        return y if self.weight is None else y * self.weight
+
 
 class SwiGLU(nn.Module):
     """The gated feed-forward: W_down [silu(W_gate x) * W_up x] (Shazeer 2020, arXiv 2002.05202)."""
@@ -70,6 +75,42 @@ class ShortConvolution(nn.Module):
             x, self.weight, bias=self.bias, activation=self.activation, state=state, cu_seqlens=cu_seqlens
         )
         return y, state
+
+    def reference(self, x: Float[Tensor, "T D"]) -> Float[Tensor, "T D"]:
+        """The weighted sums of one sequence from its beginning, one token after another."""
+        taps, outputs = self.weight.shape[1], []
+        for t in range(len(x)):
+            terms = [self.weight[:, taps - 1 - back] * x[t - back] for back in range(min(taps, t + 1))]
+            outputs.append(torch.stack(terms).sum(0) + (0.0 if self.bias is None else self.bias))
+        y = torch.stack(outputs)
+        return y if self.activation is None else F.silu(y)
+
+
+class Unfiltered(nn.Module):
+    """What stands where a short convolution may: its inputs as they are."""
+
+    def forward(
+        self,
+        x: Float[Tensor, "B T D"],
+        state: Float[Tensor, "N W D"],
+        cu_seqlens: Int[Tensor, " N_plus_1"] | None = None,
+    ) -> tuple[Float[Tensor, "B T D"], Float[Tensor, "N W D"]]:
+        return x, state
+
+    def reference(self, x: Float[Tensor, "T D"]) -> Float[Tensor, "T D"]:
+        return x
+
+
+class LowRank(nn.Sequential):
+    """A projection through a few channels: W_up W_down x (+ b)."""
+
+    def __init__(self, inputs: int, rank: int, outputs: int, *, bias: bool = False) -> None:
+        super().__init__(nn.Linear(inputs, rank, bias=False), nn.Linear(rank, outputs, bias=bias))
+
+
+def unit_heads(x: Float[Tensor, "B T H K"]) -> Float[Tensor, "B T H K"]:
+    """Heads of length one; a head of zeros stays zero."""
+    return x * torch.rsqrt(exact(x).square().sum(-1, keepdim=True) + 1e-6).to(x.dtype)
 
 
 def exact(x: Float[Tensor, "*B"]) -> Float[Tensor, "*B"]:

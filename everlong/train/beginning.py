@@ -12,7 +12,7 @@ from everlong.config import from_dict
 from everlong.data.loader import Dataset
 from everlong.data.packing import FILE as DATASET
 from everlong.data.tokenizer import Tokenizer
-from everlong.mixers.base import name_of
+from everlong.mixers.base import sees_ahead
 from everlong.models import run as runs
 from everlong.models.lm import LanguageModel, ModelConfig
 from everlong.train import checkpoint
@@ -65,10 +65,9 @@ def check_trainable(shape: ModelConfig, settings: TrainConfig) -> None:
             f"positions={shape.positions} show tokens those that they are to predict: take one that is causal"
         )
     for mixer, options in map(shape.mixer, shape.layers):
-        if not getattr(options, "causal", True):
-            raise ValueError(
-                f"a layer of {name_of(mixer)} with causal=False sees the tokens that it is to predict: leave it out"
-            )
+        if (found := sees_ahead(mixer, options)) is not None:
+            layer, way = found
+            raise ValueError(f"{layer} sees the tokens that it is to predict: {way}")
     period = min(shape.num_layers, len(shape.layers))
     with torch.device("meta"):
         model = LanguageModel(dataclasses.replace(shape, num_layers=period))

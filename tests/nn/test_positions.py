@@ -36,6 +36,7 @@ SCORES = [
     {"position": "rope", "scaling": "dynamic", "factor": 2.0, "original_length": 7, "step": 5},
     "alibi",
     "t5",
+    "rotary_bias",
     {"position": "shaw", "max_distance": 3},
     {"position": "shaw", "max_distance": 3, "values": False},
     "transformer_xl",
@@ -172,6 +173,17 @@ def test_a_call_without_sequences_or_tokens(position):
     assert not mixer(torch.randn(2, 4, WIDTH).double(), None, Context(padding=empty))[0].any()
 
 
+@scores
+def test_weights_in_bfloat16(position):
+    mixer, x = layer(position).bfloat16(), torch.randn(2, 40, WIDTH).bfloat16()
+    whole, state = mixer(x)
+    exact = mixer.double()(x.double())[0]
+    assert (whole.double() - exact).norm() < 5e-2 * exact.norm()
+    mixer = mixer.bfloat16()
+    left, state = mixer(x[:, :30])
+    assert left.dtype == mixer(x[:, 30:], state)[0].dtype == torch.bfloat16
+
+
 # Encodings of the embedding under the model
 
 
@@ -242,6 +254,9 @@ def test_a_model_with_positions_survives_autocast_json_and_files(position, tmp_p
     with torch.autocast("cpu", torch.bfloat16):
         rough = lm(tokens).logits
     assert (rough - exact).norm() < 3e-2 * exact.norm()
+    short = model(position).bfloat16()
+    _, state = short(tokens[:, :20])
+    assert torch.isfinite(short(tokens[:, 20:], state).logits).all()
     assert from_dict(ModelConfig, to_dict(lm.config)) == lm.config
     save(lm, tmp_path)
     torch.testing.assert_close(load(tmp_path)(tokens).logits, exact)
@@ -722,9 +737,10 @@ def test_a_mixer_takes_what_it_says(name):
     assert bool(told) == bool(mixer.traits.positions)
     if "position" not in mixer.Config.__dataclass_fields__:
         return
+    heads = {"num_heads": 2} if "num_heads" in mixer.Config.__dataclass_fields__ else {}
     for position in positions.names():
         try:
-            mixer(from_dict(mixer.Config, {"width": 32, "num_heads": 2, "position": position}))
+            mixer(from_dict(mixer.Config, {"width": 32, **heads, "position": position}))
         except ValueError:
             assert position not in told
         else:

@@ -21,6 +21,7 @@ from everlong.lab.chart import Panel, chart, smoothed
 from everlong.lab.diagnostics import GradientBound, attention_map, dilution_curve, gradient_bound_report
 from everlong.mixers.base import Mixer
 from everlong.models.lm import Block, LanguageModel, ModelConfig
+from everlong.nn.positions import Learned
 
 MODELS = {"softmax": "attention", "linear, 1 + elu": "linear_attention", "TransNormer": "transnormer"}
 SCORES = (1.0, 1e-2, 1e-4, 1e-6, 1e-8)
@@ -82,6 +83,7 @@ def make(mixer: str, setting: Setting) -> LanguageModel:
     )
     model = LanguageModel(config)
     assert model.positions is not None
+    assert isinstance(model.positions, Learned)
     for embedding in (model.embedding, model.positions):
         torch.nn.init.normal_(embedding.weight, std=0.1)  # five times the usual: attention sees positions earlier
     return model

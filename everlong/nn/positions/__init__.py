@@ -10,9 +10,9 @@ from typing import Any
 
 from everlong.config import from_dict, unknown
 from everlong.nn.positions.absolute import Hierarchical, Learned, Multiplicative, Sinusoidal, sinusoids
-from everlong.nn.positions.attending import attend
+from everlong.nn.positions.attending import attend, consecutive
 from everlong.nn.positions.base import HOOKS, READING, Kept, Position, PositionEncoding
-from everlong.nn.positions.biases import T5, Alibi
+from everlong.nn.positions.biases import T5, Alibi, RotaryBias
 from everlong.nn.positions.complex_order import ComplexOrder
 from everlong.nn.positions.convolutional import Convolutional
 from everlong.nn.positions.disentangled import Deberta
@@ -37,11 +37,13 @@ __all__ = [
     "PositionEncoding",
     "Recursive",
     "Rope",
+    "RotaryBias",
     "Shaw",
     "Sinusoidal",
     "TransformerXL",
     "attach",
     "attend",
+    "consecutive",
     "fitting",
     "load",
     "markdown",
@@ -67,6 +69,7 @@ _ENCODINGS: dict[str, type[PositionEncoding]] = {
     "rope": Rope,
     "alibi": Alibi,
     "t5": T5,
+    "rotary_bias": RotaryBias,
     "shaw": Shaw,
     "transformer_xl": TransformerXL,
     "deberta": Deberta,

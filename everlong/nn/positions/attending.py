@@ -75,6 +75,12 @@ def attend(
     return uncompiled(parts.packed)(q, k, v, queries, keys, cu_seqlens)
 
 
+def consecutive(keys: Int[Tensor, "N S"], real: Bool[Tensor, "N S"] | None) -> bool:
+    """Whether the positions of real keys follow each other without gaps."""
+    follows = keys.diff(dim=1) == 1
+    return bool((follows if real is None else follows | ~real[:, :-1]).all())
+
+
 class _Parts:
     """Attention of parts of the queries to parts of the keys, under one rule."""
 
@@ -165,13 +171,8 @@ class _Parts:
         q = position.content(q)
         if "value" in hooks:
             return self._weigh(q, k, v, added, visible, distance)
-        return self._softmax(q, k, v, visible, added)
-
-    def _softmax(
-        self, q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None, bias: Tensor | None = None
-    ) -> Float[Tensor, "N T H V"]:
         mask = None if visible is None else visible[:, None]
-        return softmax_attention(q, k, v, causal=False, scale=self.position.scale, bias=bias, mask=mask, form=self.form)
+        return softmax_attention(q, k, v, causal=False, scale=position.scale, bias=added, mask=mask, form=self.form)
 
     def _weigh(
         self, q: Tensor, k: Tensor, v: Tensor, added: Tensor, visible: Tensor | None, distance: Tensor

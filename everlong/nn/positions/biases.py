@@ -1,12 +1,14 @@
 """Numbers added to the scores, that know nothing but the distance and the head.
 
-    alibi   -slope_h |t - s|                       Press et al. 2021, "Train Short, Test Long", arXiv 2108.12409
-    t5      table_h[bucket(s - t)]                 Raffel et al. 2019, arXiv 1910.10683, section 2.1
+    alibi         -slope_h |t - s|                 Press et al. 2021, "Train Short, Test Long", arXiv 2108.12409
+    t5            table_h[bucket(s - t)]           Raffel et al. 2019, arXiv 1910.10683, section 2.1
+    rotary_bias   (R_t a_h)^T R_s b_h              Hua et al. 2022, arXiv 2202.10447, appendix
 
 Slopes are 2^(-8h/H), h = 1..H; for an H that is no power of two those of the next lower power, then every second slope
 of the next higher one. T5's buckets hold one distance each up to half of them, and beyond are evenly spaced in the
 logarithm up to `max_distance`; without causality half of all are for what lies ahead. As in T5, scores are not divided
-by sqrt(K) under its bias.
+by sqrt(K) under its bias. R turns pairs of channels as in rotary.py; a and b are learned vectors of a head's size, so
+that the bias is a sum of waves over the distance with learned amplitudes and phases.
 
 Deviates  T5 has one table for all layers, in its first: here each layer has its own
 """
@@ -19,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from everlong.config import config
-from everlong.nn.positions.base import PositionEncoding
+from everlong.nn.positions.base import PositionEncoding, bounds
 
 
 class Alibi(PositionEncoding):
@@ -83,3 +85,27 @@ class T5(PositionEncoding):
     def score_bias(self, queries: Int[Tensor, "*rows T"], keys: Int[Tensor, "*rows S"]) -> Float[Tensor, "..."]:
         ahead = keys[..., None, :] - queries[..., :, None]
         return F.embedding(self.bucket(ahead), self.weight).movedim(-1, -3)
+
+
+class RotaryBias(PositionEncoding):
+    """A sum of waves over the distance, of learned amplitudes and phases: the product of two vectors turned as by rope."""
+
+    hooks = frozenset({"score bias"})
+
+    def make(self) -> None:
+        if self.size % 2:
+            raise ValueError(f"`rotary_bias` turns pairs of channels: the size of a head must be even, got {self.size}")
+        self.a = nn.Parameter(0.02 * torch.randn(self.num_heads, self.size))
+        self.b = nn.Parameter(0.02 * torch.randn(self.num_heads, self.size))
+
+    def score_bias(self, queries: Int[Tensor, "*rows T"], keys: Int[Tensor, "*rows S"]) -> Float[Tensor, "..."]:
+        ahead = keys[..., None, :] - queries[..., :, None]
+        low, high = bounds(ahead)
+        exact = torch.promote_types(self.a.dtype, torch.float32)
+        (a1, a2), (b1, b2) = (y.to(exact).chunk(2, dim=-1) for y in (self.a, self.b))
+        pair = torch.arange(self.size // 2, device=ahead.device, dtype=exact)
+        frequencies = torch.exp(pair * (-2 * math.log(10_000.0) / self.size))
+        angles = torch.arange(low, high, device=ahead.device, dtype=exact)[:, None, None] * frequencies
+        # a^T R b of each distance; elementwise, as there are few of them beside the scores.
+        table = ((a1 * b1 + a2 * b2) * angles.cos() + (a2 * b1 - a1 * b2) * angles.sin()).sum(-1)
+        return F.embedding(ahead - low, table).movedim(-1, -3)

@@ -9,7 +9,8 @@ the parameters stay what they are. `method` "map" takes p_{t+1} = p_t + h(t, p_t
 Cost      FLOPs of a new position: 16 D C substeps for hidden size C, once for all sequences; sequential in the length
 Source    Liu et al. 2020, "Learning to Encode Position for Transformer with Continuous Dynamical Model", arXiv
           2003.09229
-Deviates  added to the embedding only, not to each layer's input; fixed steps in the place of an adaptive solver
+Deviates  added to the embedding only, not to each layer's input, and RMS-normalised then: a path of thousands of
+          positions would drown the tokens; fixed steps in the place of an adaptive solver
 """
 
 from collections.abc import Callable
@@ -18,6 +19,7 @@ from typing import Literal
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from everlong.config import config
 from everlong.nn.positions.absolute import check_positions
@@ -38,6 +40,8 @@ class RecursiveOptions:
     substeps: int = 1
     """Steps of the solver between two positions."""
     method: Literal["ode", "map"] = "ode"
+    amplitude: float = 0.02
+    """Size of a channel when it is added to the embedding."""
 
     def __post_init__(self) -> None:
         positive(self, "hidden", "substeps")
@@ -55,10 +59,10 @@ class Recursive(PositionEncoding):
     def make(self) -> None:
         size = self.size
         hidden = min(size, 64) if self.options.hidden is None else self.options.hidden
-        self.start = nn.Parameter(0.02 * torch.randn(size))
+        self.start = nn.Parameter(torch.randn(size))
         self.time = nn.Parameter(0.02 * torch.randn(hidden))
         self.inner, self.outer = nn.Linear(size, hidden), nn.Linear(hidden, size)
-        # Small at first, so that the path of a few thousand positions stays near the size of embedded tokens.
+        # Slow at first: neighbours are alike, and the path does not leave all directions but one behind.
         nn.init.normal_(self.outer.weight, std=0.02)
         nn.init.normal_(self.outer.bias, std=0.02)
         self._solved: tuple[list[Tensor], Tensor] | None = None  # parameters and the path that they give
@@ -102,12 +106,17 @@ class Recursive(PositionEncoding):
         kept: Kept = (),
         cu_seqlens: Int[Tensor, " N_plus_1"] | None = None,
     ) -> tuple[Float[Tensor, "B T D"], Kept]:
+        return x + uncompiled(self._vectors)(positions).to(x.dtype), ()
+
+    def _vectors(self, positions: Int[Tensor, "rows T"]) -> Float[Tensor, "rows T D"]:
+        """The points of the path at these positions."""
         length = int(positions.max()) + 1 if positions.numel() else 1
         check_positions(positions, length)
         # The path is one for all sequences: it costs little beside them, and its errors would add up in bfloat16.
-        with torch.autocast(x.device.type, enabled=False):
-            path = uncompiled(self.path)(length)
-        return x + path[positions].to(x.dtype), ()
+        with torch.autocast(positions.device.type, enabled=False):
+            points = F.rms_norm(self.path(length), (self.size,), eps=1e-5)
+            read: Tensor = self.options.amplitude * F.embedding(positions, points)
+        return read
 
     def flops(self, queries: int, keys: int, kv_heads: int) -> int:
         slopes = 4 * self.options.substeps if self.options.method == "ode" else 1

@@ -1,6 +1,7 @@
 """TransNormer against torch's attention under a block-diagonal mask, and the paper's products as dense matrices."""
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,7 +24,7 @@ def comparisons() -> Iterator[Comparison]:
 
 def _compared(kind: str, variant: str, length: int, causal: bool) -> Comparison:
     size = 8
-    options = {"kind": kind, "variant": variant, "block_size": size, "causal": causal}
+    options: dict[str, Any] = {"kind": kind, "variant": variant, "block_size": size, "causal": causal}
     ours = make("transnormer", width=24, num_heads=2, **options).double()
     token = torch.arange(length)
     seen = torch.ones(length, length, dtype=torch.bool) if kind == "norm" else token[:, None] // size == token // size
