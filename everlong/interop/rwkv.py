@@ -311,7 +311,7 @@ def _pairs(kind: Version, depth: int) -> Iterator[tuple[Pair, str]]:
 def _to_ours(pair: Pair, value: Tensor, like: Tensor, source: str) -> Tensor:
     """A tensor of theirs as ours; a row where ours has several."""
     wanted = like.shape[1:] if pair.row is not None else like.shape
-    value = value.float()
+    value = value.to(torch.float32, copy=True)  # the model shares no memory with a dict or a file
     value = value.T if pair.form == "turned" and value.dim() == 2 else value
     if [n for n in value.shape if n > 1] != [n for n in wanted if n > 1] and not (
         pair.form in ("flat", "heads") and value.numel() == wanted.numel()

@@ -113,7 +113,8 @@ class RWKV4(Mixer):
         run = steps if context.form == "recurrent" or few else chunk
         with without_autocast(x):
             wkv, sums = run(k, v, exact(self.decay).exp(), exact(self.bonus), sums, context.cu_seqlens)
-        y = self.o(torch.sigmoid(self.gate(to_gate)) * wkv)
+        gate = torch.sigmoid(self.gate(to_gate))
+        y = self.o(gate * wkv.to(gate.dtype))
         mixed = stream + y
         z, feed_forward = self.feed_forward(mixed, state.feed_forward, context.cu_seqlens)
         return (y + z if stream is x else mixed + z - x), State(*sums, last, feed_forward)

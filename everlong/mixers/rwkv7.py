@@ -10,12 +10,13 @@
 q is what RWKV calls the receptance. What is taken back is what S_{t-1} held before it faded. It is the whole branch of
 its block, norms included, and gives y + z; the first layer of a model also norms the embedding.
 
-Shapes    x [B, T, D] -> y + z [B, T, D];  q, k, v, w, a, kappa, o [B, T, H, N], H N = D
+Shapes    x [B, T, D] -> y + z [B, T, D];  q, k, v, w, a, kappa, o [B, T, H, N], H N = D;  F
+          channels inside of the channel mix
 State     S [B, H, N, N] and the last inputs of both shifts: 4 (D N + 2 D) bytes
 Cost      FLOPs a token: 8 D D + 4 D F + 4 D (sum of the ranks) for the projections + 8 D N for the memory
 Source    Peng et al. 2025, "RWKV-7 Goose with Expressive Dynamic State Evolution", arXiv 2503.14456, section 4
-Deviates  the state stands as K x V, so that products with it are transposed against the paper's; kappa's length is at
-          least 1e-6. Where the model's first layer is another mixer, the first RWKV-7 offers its values to the others
+Deviates  the state stands as K x V, so that products with it are transposed against the paper's; 1e-12 is added to
+          kappa's squared length. Where a model begins with another mixer, its first RWKV-7 offers values to the others
 """
 
 import dataclasses
@@ -143,7 +144,7 @@ class RWKV7(Mixer):
         q, k, v = self.q(to_q), self.k(to_k), self.values(to_v, context)
         rate = torch.sigmoid(self.rate(to_rate))
         kappa = normalize((k * self.k_scale).unflatten(-1, heads))
-        k = (k * torch.lerp(torch.ones_like(rate), rate, self.k_rate)).to(v.dtype)
+        k = (k * torch.lerp(torch.ones_like(rate), rate, exact(self.k_rate))).to(v.dtype)
         q, k, v, rate = (torch.unflatten(y, -1, heads) for y in (q, k, v, rate))
         o, memory = dplr(
             q,

@@ -82,6 +82,19 @@ def test_a_model_is_the_same_in_one_call_in_several_and_packed(layer):
     torch.testing.assert_close(packed.logits, torch.cat([whole, whole[:, :5]], 1), atol=1e-9, rtol=1e-9)
 
 
+@every
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_weights_of_half_precision(layer, dtype):
+    model = build(layer, norm="layer").float()
+    tokens = torch.randint(31, (2, 23))
+    exact = model(tokens).logits
+    rough, state = model.to(dtype)(tokens)
+    assert ((rough - exact).norm() / exact.norm()).item() < 3e-2
+    follow, _ = model(tokens[:, :1], state)
+    (rough.sum() + follow.sum()).backward()
+    assert all(torch.isfinite(parameter.grad).all() for parameter in model.parameters())
+
+
 def test_later_layers_mix_the_first_ones_values_in():
     model = build(LAYERS[-1])
     tokens = torch.randint(31, (2, 9))
