@@ -4,6 +4,8 @@
 
 # What the mixers are measured on: tiny Shakespeare where it is there.
 TEXT ?= $(firstword $(wildcard $(EVERLONG_TEST_DATA)/text/tinyshakespeare.txt ../shared/data/text/tinyshakespeare.txt) python-stdlib)
+ORACLES := fla-core flash-pytorch linformer mambapy performer-pytorch rwkv torchscale \
+	axial-positional-embedding hyper-connections local-attention rotary-embedding-torch torch-einops-utils
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 PIP := .venv/bin/pip --disable-pip-version-check --quiet
 BIN := .venv/bin
@@ -43,8 +45,8 @@ clean:
 	$(PIP) install $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) -c constraints.txt -e .
 	touch $@
 
-# fla-core holds the slow functions that the operators are compared with; what it needs itself is for GPUs.
+# What mixers and operators are compared with. Most of what these packages need themselves is for GPUs, or is here already.
 .venv/dev.stamp: .venv/core.stamp
 	$(PIP) install -c constraints.txt -e '.[dev]'
-	$(PIP) install -c constraints.txt --no-deps fla-core torchscale performer-pytorch local-attention hyper-connections torch-einops-utils axial-positional-embedding
+	$(PIP) install -c constraints.txt --no-deps $(ORACLES)
 	touch $@

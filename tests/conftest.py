@@ -9,6 +9,7 @@ import pytest
 jaxtyping.install_import_hook("everlong", "typechecking.check")
 
 import torch  # noqa: E402
+import variants  # noqa: E402
 
 torch.use_deterministic_algorithms(True)  # with it, `torch.empty` is filled with NaN
 torch.utils.deterministic.fill_uninitialized_memory = True
@@ -31,6 +32,11 @@ def data() -> Path:
 
 def pytest_addoption(parser):
     parser.addoption("--slow", action="store_true", help="run the slow tests as well")
+    parser.addoption("--mixer", help="check the laws of mixers for this one alone, given as package.module:Class")
+
+
+def pytest_configure(config):
+    variants.CHOSEN = config.getoption("--mixer")
 
 
 def pytest_collection_modifyitems(config, items):

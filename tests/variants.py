@@ -3,6 +3,16 @@
 An entry may say that it is not causal; the laws that speak of an order of tokens then leave it out.
 """
 
+from everlong import mixers
+
+CHOSEN = None  # by the option --mixer, a mixer of somebody else's
+
+
+def names():
+    """The mixers that the laws are checked for."""
+    return mixers.names() if CHOSEN is None else [CHOSEN]
+
+
 VARIANTS = {
     "attention": [
         {"num_heads": 6, "num_kv_heads": 2, "qk_norm": True, "bias": True},
@@ -70,6 +80,39 @@ VARIANTS = {
         {"num_heads": 4, "num_groups": 2, "state_size": 7},
         {"num_heads": 3, "kernel": 2},
     ],
+    "mamba": [
+        {"expansion": 1.5, "state_size": 5, "kernel": 1, "step_rank": 1},
+        {"expansion": 0.5, "state_size": 1, "kernel": 2, "step_rank": 40, "bias": True},
+    ],
+    "lru": [
+        {"state_size": 7, "min_radius": 0.9, "max_radius": 0.999, "max_phase": 0.3},
+        {"state_size": 80},
+    ],
+    "rg_lru": [
+        {"hidden": 30, "num_heads": 5, "kernel": 1},
+        {"num_heads": 1, "kernel": 3, "bias": True},
+    ],
+    "rnn": [
+        {"hidden": 7},
+        {"initialization": "uniform", "output": "none"},
+        {"hidden": 50, "activation": "relu"},
+    ],
+    "lstm": [
+        {"hidden": 7},
+        {"initialization": "uniform", "output": "none", "forget_bias": 0.0},
+    ],
+    "gru": [
+        {"hidden": 7},
+        {"initialization": "uniform", "output": "none"},
+    ],
+    "s4d": [
+        {"state_size": 10, "initialization": "lin", "discretization": "bilinear"},
+        {"state_size": 2, "initialization": "inv", "bias": True, "smallest_step": 0.01, "largest_step": 0.5},
+    ],
+    "s4": [
+        {"state_size": 2, "bias": True},
+        {"state_size": 10, "smallest_step": 0.01, "largest_step": 0.5},
+    ],
     "transnormer": [
         {"num_heads": 2, "position": "rope", "bias": True},
         {"num_heads": 3, "kind": "norm", "causal": False},
@@ -81,9 +124,12 @@ VARIANTS = {
     ],
     "retnet": [
         {"num_heads": 3, "value_expansion": 1.5},
+        {"num_heads": 18, "value_expansion": 0.5},
     ],
     "gla": [
         {"num_heads": 3, "key_expansion": 1.0, "value_expansion": 0.5, "gate_rank": 2, "gate_temperature": 1.0},
+        {"num_heads": 2, "kernel": 3, "key_expansion": 0.3},
+        {"num_heads": 4, "kernel": 1},
     ],
     "deltanet": [
         {"num_heads": 3, "key_expansion": 0.5, "value_expansion": 1.5, "eigenvalues": "both"},
@@ -92,6 +138,21 @@ VARIANTS = {
     "lightning": [
         {"num_heads": 3, "decay": "alibi", "rotation": "none", "values": "silu", "gate": "sigmoid", "gain": True},
         {"num_heads": 2, "gate_rank": 5},
+        {"num_heads": 12, "rotation": "all", "decay": "alibi", "gate_rank": 3, "gate": "sigmoid"},
+    ],
+    "rwkv4": [
+        {"feed_forward": 5},
+        {"first": False},
+    ],
+    "rwkv6": [
+        {"num_heads": 3, "mix_rank": 2, "decay_rank": 3},
+        {"num_heads": 18, "first": False, "feed_forward": 7},
+        {"num_heads": 2, "variant": "eagle"},
+        {"num_heads": 4, "variant": "eagle", "first": False, "group_norm_eps": 1e-5},
+    ],
+    "rwkv7": [
+        {"num_heads": 3, "decay_rank": 2, "rate_rank": 3, "value_rank": 5, "gate_rank": 4},
+        {"num_heads": 18, "feed_forward": 7},
     ],
     "gau": [
         {"weights": "relu2_n2", "key_size": 6, "relative_bias": "rotary_bias", "norm": "layer", "divisor": 50},
@@ -122,5 +183,28 @@ VARIANTS = {
         {"num_heads": 3, "length": 300, "slots": 50, "projection": "max"},
         {"num_heads": 2, "length": 300, "slots": 43, "projection": "convolution"},
         {"num_heads": 2, "length": 300, "slots": 60, "projection": "convolution", "sharing": "none"},
+    ],
+    "sparse_attention": [
+        {"num_heads": 3, "pattern": "window", "window": 5, "global_tokens": 2, "position": "alibi"},
+        {"num_heads": 6, "num_kv_heads": 2, "pattern": "window", "window": 1, "global_tokens": 3, "bias": True},
+        {"num_heads": 2, "pattern": "strided", "stride": 7},
+        {"num_heads": 6, "num_kv_heads": 3, "pattern": "strided", "stride": 5, "compose": "heads"},
+        {"num_heads": 3, "pattern": "sparse", "stride": 6, "global_tokens": 4, "position": "t5"},
+        {"num_heads": 2, "pattern": "atrous", "stride": 3},
+        {"num_heads": 2, "stride": 9, "summary": 2, "global_tokens": 10, "global_projections": "own"},
+        {"num_heads": 2, "stride": 4, "summary": 3, "compose": "far", "position": "none"},
+        {"num_heads": 2, "pattern": "fixed", "stride": 70, "summary": 1, "compose": "layers"},
+        {"num_heads": 3, "pattern": "sparse", "stride": 5, "global_tokens": 3, "causal": False, "position": "alibi"},
+        {"num_heads": 2, "stride": 8, "summary": 3, "compose": "heads", "causal": False},
+        {
+            "num_heads": 6,
+            "num_kv_heads": 2,
+            "pattern": "window",
+            "window": 6,
+            "global_tokens": 3,
+            "global_projections": "own",
+            "bias": True,
+            "causal": False,
+        },
     ],
 }

@@ -28,7 +28,7 @@ class Arguments:
     """What `mixers` are trained on, byte by byte: a file, or anything else that `everlong prepare` takes; by default
     python-stdlib."""
     store: bool = False
-    """Write the result under benchmarks/results/ of the current folder."""
+    """Write the result under benchmarks/results/ of the current folder; with --only, into what is there."""
 
 
 def run(arguments: Arguments) -> dict[str, object]:
@@ -49,5 +49,6 @@ def run(arguments: Arguments) -> dict[str, object]:
         [(row.measure, row.value, row.target or "", marks[row.met], row.peer or "") for row in rows],
     )
     if arguments.store:
-        print(f"stored in {result.store(arguments.suite, rows, Path('benchmarks/results'))}")
+        part = arguments.only is not None
+        print(f"stored in {result.store(arguments.suite, rows, Path('benchmarks/results'), part=part)}")
     return {"machine": result.machine(), "rows": [row.as_dict() for row in rows]}

@@ -62,6 +62,7 @@ def _run(words: list[str]) -> int:
             program = "everlong"
             raise unknown("command", name, commands())
         share_processors()
+        find_mixers_here()
         module = importlib.import_module(f"everlong.cli.{name.replace('-', '_')}")
         result = _call(module, parse(module.Arguments, words[1:], program=program), as_json)
     except SystemExit as end:  # the help was asked for
@@ -92,6 +93,15 @@ def share_processors() -> None:
     It is read when torch is loaded; whoever has set a value keeps it.
     """
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+
+
+def find_mixers_here() -> None:
+    """Lets "package.module:Class" name a file in the current folder, which an installed command would not see.
+
+    Its files come last, so that none of them takes the place of a library.
+    """
+    if "" not in sys.path and os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())
 
 
 def _call(module: Any, arguments: Any, as_json: bool) -> dict[str, object]:

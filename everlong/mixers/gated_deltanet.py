@@ -52,7 +52,6 @@ class Options(HeadOptions):
     """Taps of the short convolutions of q, k and v."""
     eigenvalues: Literal["positive", "both"] = "positive"
     """"both" doubles beta, which lets the memory flip signs and track state (Grazzi et al. 2024, arXiv 2411.12537)."""
-
     decay: Literal["head", "channel"] = "head"
     """What fades alike: a head's whole memory, or each of its key channels (Kimi Delta Attention)."""
 

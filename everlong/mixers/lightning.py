@@ -3,16 +3,17 @@
     S_t = lambda S_{t-1} + k_t v_t^T             o_t = S_t^T q_t                             (eq. 10)
     y_t = W_o [ norm(o_t) * U x_t ]              q, k = silu(W x), v = W x                   (eq. 12)
     lambda = exp(-(8 h / H)(1 - l / L)), h = 0 .. H - 1, in layer l of L                     (eq. 6)
-    q_t, k_t turn with the position t by t theta, theta learnt, in the first layer only (LRPE-d, eq. 4)
+    in the first layer q_ti k_si is weighed by cos((t - s) theta_i), theta learnt: LRPE-d, the real part of eq. 4
 
 Shapes    x [B, T, D] -> y [B, T, D];  q, k, v [B, T, H, K], H K = D;  the norm is over all heads' channels
-State     S [B, H, K, K] and a count: 4 H K^2 + 8 bytes a sequence, whatever its length
-Cost      FLOPs a token: 10 D^2 for the projections + 4 H K^2 for the memory; a low-rank gate 8 D^2 + 4 rank D
+State     S [B, H, K, K] and a count: 4 H K^2 + 8 bytes a sequence, whatever its length; with LRPE-d S [B, H, 2 K, K]
+Cost      FLOPs a token: 10 D^2 for the projections + 4 H K^2 for the memory; with LRPE-d 8 H K^2; of a low-rank gate
+          8 D^2 + 4 rank D for the projections
 Source    Qin et al. 2023, "TransNormerLLM", arXiv 2307.14995; in blocks: Qin et al. 2024, "Lightning Attention-2",
           arXiv 2401.04658
-Deviates  channel i turns with i + K/2. The released models and MiniMax-01 (arXiv 2501.08313) take other parts, here
-          options: decay = alibi, lambda = exp(-2^(-8 (h + 1) / H) (1 - l / (L - 1))); silu on v; a sigmoid in the
-          gate; a norm with gain; no rotation
+Deviates  the released models and MiniMax-01 (arXiv 2501.08313) take other parts, here options: decay = alibi, lambda =
+          exp(-2^(-8 (h + 1) / H) (1 - l / (L - 1) + 1e-5)), whatever H; silu on v; a sigmoid in the gate, which may be
+          of low rank; a norm with gain; no rotation
 """
 
 import dataclasses
@@ -27,6 +28,7 @@ from everlong.config import config
 from everlong.mixers.base import Context, Cost, HeadOptions, Mixer, Traits, unpadded
 from everlong.nn.fused import rms_norm
 from everlong.nn.layers import LowRank
+from everlong.nn.positions.rotary import waves
 from everlong.ops import linear_attention
 
 EPS = 1e-6  # of the norm
@@ -46,7 +48,7 @@ class Options(HeadOptions):
     decay: Literal["paper", "alibi"] = "paper"
     """The law of lambda: the paper's, by which the first head never forgets, or that of its code, by ALiBi's slopes."""
     rotation: Literal["first", "all", "none"] = "first"
-    """The layers whose queries and keys turn with the position by learnt angles."""
+    """The layers whose channels turn with the position by learnt angles."""
     values: Literal["linear", "silu"] = "linear"
     """What values go through."""
     gate: Literal["linear", "sigmoid"] = "linear"
@@ -58,13 +60,13 @@ class Options(HeadOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.rotation != "none" and self.head_size % 2:
-            raise ValueError(
-                f"`rotation` turns pairs of channels: the size of a head must be even, got {self.head_size}; "
-                "or rotation=none"
-            )
         if self.gate_rank is not None and self.gate_rank < 1:
             raise ValueError(f"`gate_rank` must be at least 1: got {self.gate_rank}")
+
+    @property
+    def key_size(self) -> int:
+        """Channels of a key in the memory: a cosine and a sine of each where they turn."""
+        return self.head_size if self.rotation == "none" else 2 * self.head_size
 
 
 class Lightning(Mixer):
@@ -85,12 +87,11 @@ class Lightning(Mixer):
         self.gain = nn.Parameter(torch.ones(d)) if config.gain else None
         self.theta: nn.Parameter | None = None
         if config.rotation == "all":
-            pairs = config.head_size // 2
-            self.theta = nn.Parameter(1e4 ** (-torch.arange(pairs) / pairs).repeat(config.heads, 1))
+            self.theta = nn.Parameter((1e4 ** (-2 * torch.arange(d) / d)).view(config.heads, -1))
 
     def init_state(self, batch: int) -> State:
         c = self.config
-        memory = self.new_state(batch, c.heads, c.head_size, c.head_size)
+        memory = self.new_state(batch, c.heads, c.key_size, c.head_size)
         return State(memory, self.new_state(batch, dtype=torch.long))
 
     @unpadded
@@ -99,12 +100,14 @@ class Lightning(Mixer):
     ) -> tuple[Float[Tensor, "B T D"], State]:
         c = self.config
         state = self.init_state(context.sequences(x)) if state is None else state
-        where = context.count_from(state.length, x)
-        q, k = (F.silu(project(x).unflatten(-1, (c.heads, -1))) for project in (self.q, self.k))
-        v = self.v(x).unflatten(-1, (c.heads, -1))
+        q, k, v = (project(x).unflatten(-1, (c.heads, -1)) for project in (self.q, self.k, self.v))
+        q, k = F.silu(q), F.silu(k)
+        if self.theta is not None:
+            cos, sin = waves(context.count_from(state.length, x), self.theta, q.dtype)
+            q, k = (torch.cat([y * cos, y * sin], -1) for y in (q, k))
         o, memory = linear_attention(
-            self._rotate(q, where),
-            self._rotate(k, where),
+            q,
+            k,
             v if c.values == "linear" else F.silu(v),
             log_decay=self.log_decay(state.memory),
             scale=1.0,
@@ -127,19 +130,11 @@ class Lightning(Mixer):
             slopes = torch.exp2(-8 * (index + 1) / heads) * (1 - self.layer / (self.depth - 1 + 1e-5) + 1e-5)
         return -slopes
 
-    def _rotate(self, x: Float[Tensor, "B T H K"], positions: Int[Tensor, "rows T"]) -> Float[Tensor, "B T H K"]:
-        if self.theta is None:
-            return x
-        angles = positions.to(self.theta.dtype)[..., None, None] * self.theta
-        cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
-        left, right = x.chunk(2, dim=-1)
-        return torch.cat([left * cos - right * sin, left * sin + right * cos], dim=-1)
-
     @classmethod
     def cost(cls, config: Options, length: int) -> Cost:
-        d, memory = config.width, config.width * config.head_size
+        d, memory = config.width, config.width * config.key_size
         weights = 4 * d * d + (d * d if config.gate_rank is None else 2 * d * config.gate_rank)
-        turning = d // 2 if config.rotation != "none" else 0
+        turning = d if config.rotation != "none" else 0
         return Cost(
             flops_per_token=2 * weights + 4 * memory,
             state_bytes=4 * memory + 8,
@@ -152,15 +147,14 @@ class Lightning(Mixer):
             decay = torch.exp(-(8 * h / c.heads) * (1 - self.layer / self.depth))
         else:
             decay = torch.exp(-(2 ** (-8 * (h + 1) / c.heads)) * (1 - self.layer / (self.depth - 1 + 1e-5) + 1e-5))
+        turning = x.new_zeros(c.heads, c.head_size) if self.theta is None else self.theta
         memory, outputs = x.new_zeros(c.heads, c.head_size, c.head_size), []
         for t, x_t in enumerate(x):
             q, k, v = (project(x_t).view(c.heads, -1) for project in (self.q, self.k, self.v))
             q, k, v = q * torch.sigmoid(q), k * torch.sigmoid(k), v if c.values == "linear" else v * torch.sigmoid(v)
-            if self.theta is not None:
-                turn = torch.polar(torch.ones_like(self.theta), t * self.theta)
-                q, k = (torch.view_as_real(turn * torch.complex(*y.chunk(2, -1))).mT.flatten(1) for y in (q, k))
-            memory = decay[:, None, None] * memory + k[:, :, None] * v[:, None]
-            o = (memory * q[:, :, None]).sum(1).flatten()
+            wave = torch.polar(torch.ones_like(turning), t * turning)
+            memory = decay[:, None, None] * memory + (k * wave.conj())[:, :, None] * v[:, None]
+            o = (memory * (q * wave)[:, :, None]).real.sum(1).flatten()
             o = o * torch.rsqrt(o.square().mean() + EPS) * (1 if self.gain is None else self.gain)
             gate = self.gate(x_t)
             outputs.append(self.o(o * (gate if c.gate == "linear" else torch.sigmoid(gate))))

@@ -157,7 +157,7 @@ class Performer(Mixer):
     def _relu(
         self, q: Tensor, k: Tensor, v: Tensor, past: exponentials.Sums, context: Context
     ) -> tuple[Float[Tensor, "B T H V"], exponentials.Sums]:
-        q, k = (((y @ self.rows.T).relu() + RELU_FLOOR).to(v.dtype) for y in (q, k))
+        q, k = (((y @ self.rows.T.to(y.dtype)).relu() + RELU_FLOOR).to(v.dtype) for y in (q, k))
         o, (memory, normalizer) = linear_attention(
             q,
             k,

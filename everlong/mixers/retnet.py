@@ -2,14 +2,14 @@
 
     S_t = gamma_h S_{t-1} + k_t v_t^T            o_t = S_t^T q_t / sqrt(K)                   (eq. 6)
     y_t = W_o [ norm(o_t) * silu(W_gate x_t) ]                                               (eq. 8)
-    q_t, k_t turn with the position t by the angles t theta_i, theta_i = 10000^(-i / (K/2 - 1)), i = 0 .. K/2 - 1
+    channels 2i, 2i + 1 of q_t, k_t turn by the angle t theta_i, theta_i = 10000^(-i / (K/2 - 1)), i = 0 .. K/2 - 1
 
 Shapes    x [B, T, D] -> y [B, T, D];  q, k [B, T, H, K];  v [B, T, H, V], H K = D, H V = expansion D
 State     S [B, H, K, V] and a count: 4 H K V + 8 bytes a sequence, whatever its length
 Cost      FLOPs a token: 2 D (2 D + 3 H V) for the projections + 4 H K V for the memory
 Source    Sun et al. 2023, "Retentive Network: A Successor to Transformer", arXiv 2307.08621
-Deviates  channel i is paired with i + K/2; the matrix of decays is not normalised (section 2.1), which the norm of each
-          head cancels up to its epsilon: without it all forms give the same before the norm as well
+Deviates  the matrix of decays is not normalised (section 2.1), which the norm of each head cancels up to its epsilon:
+          without it all forms give the same before the norm as well. That norm is the root mean square, without gain
 """
 
 import math
@@ -24,6 +24,7 @@ from everlong.config import config
 from everlong.mixers.base import Context, Cost, HeadOptions, Mixer, Traits, unpadded
 from everlong.nn.fused import turn
 from everlong.nn.layers import HeadNorm
+from everlong.nn.positions.rotary import halves, waves
 from everlong.ops import linear_attention
 
 
@@ -107,12 +108,12 @@ class RetNet(Mixer):
         return torch.log1p(-torch.exp2(-5.0 - head))
 
     def _rotate(self, q: Tensor, k: Tensor, positions: Int[Tensor, "rows T"]) -> tuple[Tensor, Tensor]:
-        exact = torch.promote_types(q.dtype, torch.float32)  # bfloat16 cannot count beyond 256
-        pairs = self.config.head_size // 2
-        theta = torch.exp(-math.log(1e4) * torch.linspace(0, 1, pairs, dtype=exact, device=q.device))
-        angles = positions.to(exact)[..., None, None] * theta
-        cos, sin = angles.cos().to(q.dtype), angles.sin().to(q.dtype)
-        return turn(q, cos, sin), turn(k, cos, sin)
+        exact = torch.promote_types(q.dtype, torch.float32)
+        theta = torch.exp(
+            -math.log(1e4) * torch.linspace(0, 1, self.config.head_size // 2, dtype=exact, device=q.device)
+        )
+        cos, sin = waves(positions, theta, q.dtype)
+        return turn(halves(q), cos, sin), turn(halves(k), cos, sin)
 
     @classmethod
     def cost(cls, config: Options, length: int) -> Cost:
@@ -127,13 +128,9 @@ class RetNet(Mixer):
         gamma = 1 - 2.0 ** (-5 - torch.arange(c.heads, dtype=x.dtype))
         memory, outputs = x.new_zeros(c.heads, c.head_size, c.value_size), []
         for t, x_t in enumerate(x):
-            q, k = (
-                torch.view_as_real(
-                    torch.complex(*y(x_t).view(c.heads, 2, -1).unbind(1))
-                    * torch.polar(torch.ones_like(theta), t * theta)
-                ).mT.flatten(1)
-                for y in (self.q, self.k)
-            )
+            turned = torch.polar(torch.ones_like(theta), t * theta)
+            q, k = (torch.view_as_complex(y(x_t).view(c.heads, -1, 2)) * turned for y in (self.q, self.k))
+            q, k = (torch.view_as_real(y).flatten(1) for y in (q, k))
             v, gate = self.v(x_t).view(c.heads, -1), self.gate(x_t)
             memory = gamma[:, None, None] * memory + k[:, :, None] * v[:, None]
             o = (memory * q[:, :, None]).sum(1) * c.head_size**-0.5

@@ -44,6 +44,8 @@ class ModelConfig:
     """The head shares the embedding's weights."""
     bias: bool = False
     """Biases in the feed-forward, and in each mixer that has them as an option."""
+    norm: Literal["rms", "layer"] = "rms"
+    """The norms outside of the mixers; "layer" subtracts the mean as well, and has a bias (Ba et al. 2016)."""
     norm_eps: float = 1e-5
     learned_positions: int | None = None
     """A learned vector for each of so many positions, added to the embedding; no longer text can then be read, as in
@@ -156,15 +158,13 @@ class Block(nn.Module):
     def __init__(self, config: ModelConfig, mixer: Mixer) -> None:
         super().__init__()
         self.kind, self.mixer = config.block, mixer
-        # After a residual sum the norm makes the stream itself, which stays in float32.
-        norm = nn.RMSNorm if config.block == "post" else InputNorm
         self.feed_forward: SwiGLU | None = None
         if has_mixer_norm(config, mixer):
-            self.mixer_norm = norm(config.width, eps=config.norm_eps)
+            self.mixer_norm = norm(config, makes_stream=config.block == "post")
         if not mixer.traits.owns_feed_forward:
             self.feed_forward = SwiGLU(config.width, config.hidden, bias=config.bias)
             if config.block != "parallel":
-                self.feed_forward_norm = norm(config.width, eps=config.norm_eps)
+                self.feed_forward_norm = norm(config, makes_stream=config.block == "post")
         # What writes to the residual stream starts smaller, the more layers write to it.
         for writer in (getattr(mixer, "o", None), getattr(self.feed_forward, "down", None)):
             if isinstance(writer, nn.Linear):
@@ -190,6 +190,13 @@ def has_mixer_norm(config: ModelConfig, mixer: Mixer | type[Mixer]) -> bool:
     return config.block == "post" or not mixer.traits.owns_feed_forward
 
 
+def norm(config: ModelConfig, *, makes_stream: bool) -> nn.Module:
+    """A norm of the model's kind. One after a residual sum makes the stream itself, which stays in float32."""
+    if config.norm == "layer":
+        return nn.LayerNorm(config.width, eps=config.norm_eps)
+    return (nn.RMSNorm if makes_stream else InputNorm)(config.width, eps=config.norm_eps)
+
+
 class LanguageModel(nn.Module):
     """Tokens in, a distribution over the next token out, and a state that continues the sequence."""
 
@@ -203,7 +210,7 @@ class LanguageModel(nn.Module):
             Block(config, mixer(options, layer=i, depth=config.num_layers))
             for i, (mixer, options) in enumerate(config.pattern())
         )
-        self.norm = InputNorm(config.width, eps=config.norm_eps)
+        self.norm = norm(config, makes_stream=False)
         self.head = nn.Linear(config.width, config.vocab_size, bias=False)
         if config.tie_embeddings:
             self.head.weight = self.embedding.weight
@@ -277,7 +284,8 @@ class LanguageModel(nn.Module):
     def cost(self, length: int) -> Cost:
         """Of one token in the recurrent form, `length` tokens into a sequence."""
         c = self.config
-        flops, state, parameters = 2 * c.width * c.vocab_size, 0, c.width + c.vocab_size * c.width
+        of_norm = 2 * c.width if c.norm == "layer" else c.width
+        flops, state, parameters = 2 * c.width * c.vocab_size, 0, of_norm + c.vocab_size * c.width
         parameters += 0 if c.tie_embeddings else c.vocab_size * c.width
         if (asked := c.embedding_positions) is not None:
             with torch.device("meta"):
@@ -288,12 +296,12 @@ class LanguageModel(nn.Module):
         for mixer in (block.mixer for block in cast(Iterable[Block], self.blocks)):
             cost = mixer.cost(mixer.config, length)  # its own options: they may depend on the layer's place
             flops, state = flops + cost.flops_per_token, state + cost.state_bytes
-            parameters += cost.parameters + (c.width if has_mixer_norm(c, mixer) else 0)
+            parameters += cost.parameters + (of_norm if has_mixer_norm(c, mixer) else 0)
             if not mixer.traits.owns_feed_forward:
                 weights = 3 * c.width * c.hidden
                 flops += 2 * weights
                 parameters += weights + (2 * c.hidden + c.width if c.bias else 0)
-                parameters += c.width if c.block != "parallel" else 0
+                parameters += of_norm if c.block != "parallel" else 0
         return Cost(flops_per_token=flops, state_bytes=state, parameters=parameters)
 
     def save(self, run: str | Path) -> None:

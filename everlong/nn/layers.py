@@ -86,6 +86,21 @@ class ShortConvolution(nn.Module):
         return y if self.activation is None else F.silu(y)
 
 
+class Unfiltered(nn.Module):
+    """What stands where a short convolution may: its inputs as they are."""
+
+    def forward(
+        self,
+        x: Float[Tensor, "B T D"],
+        state: Float[Tensor, "N W D"],
+        cu_seqlens: Int[Tensor, " N_plus_1"] | None = None,
+    ) -> tuple[Float[Tensor, "B T D"], Float[Tensor, "N W D"]]:
+        return x, state
+
+    def reference(self, x: Float[Tensor, "T D"]) -> Float[Tensor, "T D"]:
+        return x
+
+
 class LowRank(nn.Sequential):
     """A projection through a few channels: W_up W_down x (+ b)."""
 

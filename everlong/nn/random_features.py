@@ -47,7 +47,7 @@ def draw_rows(
 
 def scores(x: Float[Tensor, "*B K"], rows: Float[Tensor, "m K"], kind: Kind) -> Float[Tensor, "*B F"]:
     """The logarithms of features up to what those of a token share: enough for a query, of which that cancels."""
-    score = x @ rows.T
+    score = x @ rows.T.to(x.dtype)
     return torch.cat([score, -score], -1) if kind == "hyperbolic" else score
 
 
@@ -62,7 +62,7 @@ def trigonometric(x: Float[Tensor, "*B K"], rows: Float[Tensor, "m K"]) -> Float
 
     For comparison only: an average under such weights has no bound.
     """
-    score = x @ rows.T
+    score = x @ rows.T.to(x.dtype)
     return torch.cat([score.sin(), score.cos()], -1) * (half_square(x) - math.log(len(rows)) / 2).exp()
 
 

@@ -21,7 +21,7 @@ from everlong.ops.chunks import without_autocast
 from everlong.ops.spans import Span, spans
 
 STEP = 1 << 14  # channels that one step of the linear scan should touch: fewer, and calling costs more than computing
-PIECE = 1 << 20  # states that the selective scan holds at once: a few buffers of this size stay in the last cache
+PIECE = 1 << 19  # states that the selective scan holds at once: a few buffers of this size stay in the last cache
 
 fresh = partial(torch.empty_like, memory_format=torch.contiguous_format)  # strided inputs have plain outputs
 
@@ -286,14 +286,16 @@ def _piece_backward(
     d_states, scratch = piece.rest
     d_C = torch.mul(piece.states, d_y[:, :, None], out=scratch).sum(3)
     torch.mul(d_y[:, :, None], piece.C[..., None], out=d_states)
-    for decay, d_h in zip(reversed(piece.decay.unbind()), reversed(d_states.unbind()), strict=True):
-        d_h += d_state
-        torch.mul(d_h, decay, out=d_state)
-    d_B = torch.mul(d_states, (piece.u * piece.dt)[:, :, None], out=scratch).sum(3)
+    before = d_state
+    for decay, d_h, kept in zip(*(reversed(x.unbind()) for x in (piece.decay, d_states, scratch)), strict=True):
+        d_h += before
+        before = torch.mul(d_h, decay, out=kept)
+    d_state.copy_(before)
+    d_B = torch.mul(d_states, (piece.u * piece.dt)[:, :, None], out=piece.decay).sum(3)
     d_input = (piece.B[:, :, None] @ d_states)[:, :, 0]  # of dt u
-    torch.mul(d_states[0], start, out=scratch[0])
-    torch.mul(d_states[1:], piece.states[:-1], out=scratch[1:])
-    d_exponent = scratch.mul_(piece.decay)  # of dt A
+    scratch[0] *= start
+    scratch[1:] *= piece.states[:-1]
+    d_exponent = scratch  # of dt A
     d_dt = torch.mul(d_exponent, piece.A, out=d_states).sum(2)
     d_A += torch.mul(d_exponent, piece.dt[:, :, None], out=d_states).sum((0, 1))
     return d_input * piece.dt, d_dt.addcmul_(d_input, piece.u), d_B, d_C

@@ -5,7 +5,7 @@ import xml.etree.ElementTree as ET
 
 import torch
 
-from everlong.lab.findings import transnormer
+from everlong.lab.findings import hippo, transnormer
 
 
 def test_the_findings_of_transnormer(tmp_path, capsys):
@@ -40,3 +40,16 @@ def test_blocks_look_nearby_before_any_training():
     first, last = shares["TransNormer"]
     assert first > 0.9
     assert all(abs(share - 0.5) < 0.05 for share in (last, *shares["linear, 1 + elu"]))
+
+
+def test_what_hippo_remembers(tmp_path, capsys):
+    hippo.main(["--out", str(tmp_path / "out"), "--samples", "256", "--order", "16"])
+    table = capsys.readouterr().out.splitlines()
+    errors = {int(line.split()[0]): [float(value) for value in line.split()[1:]] for line in table[2:7]}
+    assert list(errors) == list(hippo.ORDERS)
+    legs, legt, _ = zip(*errors.values(), strict=True)
+    assert list(legs) == sorted(legs, reverse=True)
+    assert legt[3] < 0.02 < 0.1 < legt[1]  # pi numbers for each of the window's five periods
+    rules = {line.split()[0]: float(line.split()[2]) for line in table[-3:]}
+    assert rules["bilinear"] < 0.2 * min(rules["forward"], rules["backward"])
+    assert ET.parse(tmp_path / "out" / "hippo.svg").getroot().tag.endswith("svg")

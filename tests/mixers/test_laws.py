@@ -1,4 +1,7 @@
-"""The laws of the contract, for every mixer that `mixers.names()` finds and the options of tests/variants.py."""
+"""The laws of the contract, for every mixer that `mixers.names()` finds and the options of tests/variants.py.
+
+A mixer of your own is checked by `pytest tests/mixers/test_laws.py --mixer package.module:Class`.
+"""
 
 import dataclasses
 import math
@@ -7,7 +10,7 @@ import pytest
 import torch
 from counting import counting
 from torch.utils import _pytree as pytree
-from variants import VARIANTS
+from variants import VARIANTS, names
 
 from everlong import mixers
 from everlong.config import from_dict, to_dict
@@ -15,7 +18,12 @@ from everlong.mixers.base import Context, name_of
 from everlong.models.lm import LanguageModel, ModelConfig
 
 WIDTH = 36  # an odd number of heads of an odd half size
-CASES = [(name, options) for name in mixers.names() for options in ({}, *VARIANTS.get(name, ()))]
+AT_ONCE = 4  # cases of a mixer that `make test` runs; `make test-all` runs all
+CASES = [
+    pytest.param(name, options, marks=[pytest.mark.slow] if place >= AT_ONCE else [])
+    for name in names()
+    for place, options in enumerate(({}, *VARIANTS.get(name, ())))
+]
 LENGTHS = [1, 2, 63, 65, 300]
 
 
@@ -49,11 +57,11 @@ def every(cases):
 
 
 cases = every(CASES)
-causal_cases = every([case for case in CASES if is_causal(*case)])
+causal_cases = every([case for case in CASES if is_causal(*case.values)])
 
 
 def test_names_and_files_agree():
-    for name in mixers.names():
+    for name in names():
         assert name_of(mixers.load(name)) == name
 
 
@@ -105,7 +113,7 @@ def test_the_layer_is_the_papers_loop(name, options, length):
         torch.testing.assert_close(one, other, atol=1e-8, rtol=1e-8, msg=lambda text, label=label: f"{label}: {text}")
 
 
-@pytest.mark.parametrize("name", mixers.names())
+@pytest.mark.parametrize("name", names())
 def test_odd_widths(name):
     torch.manual_seed(0)
     mixer = mixers.load(name)
@@ -248,8 +256,7 @@ def test_packed_sequences_do_not_see_each_other(name, options):
         torch.testing.assert_close(follow[i : i + 1], mixer(more[i : i + 1], own)[0], atol=1e-9, rtol=1e-9)
 
 
-@cases
-def test_gradients_are_right(name, options):
+def check_gradients(name, options, fast):
     mixer = build(name, options)
     x = inputs(1, 5).requires_grad_()
     state = mixer(inputs(1, 3))[1]
@@ -263,8 +270,19 @@ def test_gradients_are_right(name, options):
             filled[i] = leaf
         return mixer(x, pytree.tree_unflatten(filled, spec))[0]
 
-    large = sum(leaf.numel() for leaf in free) > 1_000  # then along random directions, not entry by entry
-    assert torch.autograd.gradcheck(run, (x, *free), eps=1e-6, atol=1e-5, fast_mode=large)
+    assert torch.autograd.gradcheck(run, (x, *free), eps=1e-6, atol=1e-5, fast_mode=fast)
+
+
+@cases
+def test_gradients_are_right(name, options):
+    """Along random directions."""
+    check_gradients(name, options, fast=True)
+
+
+@pytest.mark.slow
+@cases
+def test_every_entry_of_the_gradients_is_right(name, options):
+    check_gradients(name, options, fast=False)
 
 
 @cases
@@ -382,7 +400,7 @@ def test_no_input_breaks_the_state_in_the_long_run(name, options):
     ordeal(name, options, 4_000)
 
 
-@pytest.mark.parametrize("name", mixers.names())
+@pytest.mark.parametrize("name", names())
 def test_a_small_model_learns(name):
     """The first token says which of two orders the others follow. Who does not remember it is left with ln 2 nats.
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from everlong import mixers
 from everlong.config import from_dict
@@ -52,6 +53,18 @@ def make(name: str, *, layer: int = 0, depth: int = 1, **options: Any) -> Any:
         for parameter in made.parameters():
             parameter += 0.05 * torch.randn_like(parameter)
     return made
+
+
+def convolved(mixer: Any, name: str, x: Tensor) -> Tensor:
+    """The projection `name` of a mixer and its short convolution, by torch's own, for functions that begin after it."""
+    weight = getattr(mixer, f"{name}_conv").weight[:, None]
+    rows = functional.pad(getattr(mixer, name)(x).mT, (weight.shape[-1] - 1, 0))
+    return functional.silu(functional.conv1d(rows, weight, groups=len(weight)).mT)
+
+
+def unit(x: Tensor) -> Tensor:
+    """Vectors of length one, with the small number under the root that layers of the delta rule have."""
+    return x / (x.square().sum(-1, keepdim=True) + 1e-6).sqrt()
 
 
 def names() -> list[str]:

@@ -23,11 +23,12 @@ BYTES = 257  # the vocabulary of a tokenizer whose tokens are bytes
 LENGTH = 256
 SETTINGS: dict[str, Any] = {
     "steps": 400,
-    "batch_tokens": 8 * LENGTH,
+    "batch_tokens": 4 * LENGTH,
     "length": LENGTH,
     "precision": "float32",
     "compile": "off",
     "evaluate_every": 400,
+    "final_tokens": 65_536,
     "checkpoint_every": 1_000,
 }
 STATES = {"1k": 1_024, "16k": 16_384}

@@ -62,12 +62,22 @@ def _processor() -> str:
     return f"{found['model name']} ({', '.join(flags)})"
 
 
-def store(suite: str, rows: Sequence[Row], folder: Path) -> Path:
-    """Writes the result beside the earlier ones of its kind."""
+def store(suite: str, rows: Sequence[Row], folder: Path, *, part: bool = False) -> Path:
+    """Writes the result to `folder`; if it is a part, rows of other measures stay as they are.
+
+    Raises:
+        ValueError: it is a part, and the rest was measured on another machine.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{suite}.json"
-    result = {"suite": suite, "date": time.strftime("%Y-%m-%d"), "machine": machine()}
-    path.write_text(json.dumps({**result, "rows": [row.as_dict() for row in rows]}, indent=1) + "\n", encoding="utf-8")
+    path, here = folder / f"{suite}.json", machine()
+    measured = {row.measure: row.as_dict() for row in rows}
+    if part and path.is_file():
+        earlier = json.loads(path.read_text(encoding="utf-8"))
+        if earlier["machine"] != here:
+            raise ValueError(f"{path} was measured on another machine or version: measure all of it, without --only")
+        measured = {**{row["measure"]: row for row in earlier["rows"]}, **measured}
+    result = {"suite": suite, "date": time.strftime("%Y-%m-%d"), "machine": here, "rows": list(measured.values())}
+    path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     return path
 
 

@@ -140,17 +140,15 @@ class Rope(PositionEncoding):
         self, x: Float[Tensor, "B T H K"], positions: Int[Tensor, "rows T"], length: int | None = None
     ) -> Float[Tensor, "B T H K"]:
         """Queries or keys turned according to their positions, in a text of so many tokens."""
-        exact = torch.promote_types(x.dtype, torch.float32)  # bfloat16 cannot count beyond 256
-        w = self.frequencies(length, dtype=exact, device=x.device)
-        angles = positions.to(exact)[..., None, None] * w
-        cos, sin = ((wave * self.attention_factor).to(x.dtype) for wave in (angles.cos(), angles.sin()))
+        exact = torch.promote_types(x.dtype, torch.float32)
+        cos, sin = waves(
+            positions, self.frequencies(length, dtype=exact, device=x.device), x.dtype, factor=self.attention_factor
+        )
         turning, rest = x[..., : self.turning], x[..., self.turning :]
         if self.options.layout == "half":
             turned = turn(turning, cos, sin)
         else:
-            outer = turning.shape[:-1]
-            halves = turning.reshape(*outer, self.turning // 2, 2).mT.flatten(-2)
-            turned = turn(halves, cos, sin).view(*outer, 2, self.turning // 2).mT.flatten(-2)
+            turned = turn(halves(turning), cos, sin).view(*turning.shape[:-1], 2, -1).mT.flatten(-2)
         if rest.shape[-1]:
             turned = torch.cat([turned, rest], dim=-1)
         return turned
@@ -160,3 +158,25 @@ class Rope(PositionEncoding):
         step = self.options.step
         length: Tensor = torch.div(positions + step, step, rounding_mode="floor") * step
         return length.clamp_min(int(self.options.original_length))
+
+
+def waves(
+    positions: Int[Tensor, "rows T"],
+    frequencies: Float[Tensor, "*heads pairs"],
+    dtype: torch.dtype,
+    *,
+    factor: float = 1.0,
+) -> tuple[Float[Tensor, "rows T _ pairs"], Float[Tensor, "rows T _ pairs"]]:
+    """Cosine and sine of the angles at these positions, times `factor`: as pairs turn, in all heads or in each.
+
+    Angles are float32 at least: bfloat16 cannot count beyond 256.
+    """
+    w = frequencies.to(torch.promote_types(frequencies.dtype, torch.float32))
+    angles = positions.to(w.dtype)[..., None, None] * w
+    return (angles.cos() * factor).to(dtype), (angles.sin() * factor).to(dtype)
+
+
+def halves(x: Float[Tensor, "B T H K"]) -> Float[Tensor, "B T H K"]:
+    """Neighbours 2i and 2i + 1 put to i and i + K / 2, where `turn` finds them."""
+    pairs = x.reshape(*x.shape[:-1], -1, 2)
+    return pairs.mT.flatten(-2)

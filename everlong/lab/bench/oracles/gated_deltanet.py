@@ -1,20 +1,27 @@
-"""Gated DeltaNet against transformers' Qwen3-Next, and Kimi Delta Attention against its Kimi Linear: whole layers."""
+"""Gated DeltaNet against transformers' Qwen3-Next, and Kimi Delta Attention against its Kimi Linear: whole layers.
+
+Options that neither has, against flash-linear-attention's loops through the layer's projections.
+"""
 
 from collections.abc import Iterator
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
-from everlong.lab.bench.comparison import Comparison, make
+from everlong.lab.bench.comparison import Comparison, convolved, make, unit
+from everlong.lab.bench.errors import naive
 
-ORACLE = "transformers, Qwen3NextGatedDeltaNet and KimiLinearDeltaAttention"
+ORACLE = "transformers, Qwen3NextGatedDeltaNet and KimiLinearDeltaAttention; fla-core, gated_delta_rule, kda/naive.py"
 
 
 def comparisons() -> Iterator[Comparison]:
-    """Both kinds of decay at three lengths."""
+    """Both kinds of decay at three lengths, alone and with eigenvalues of both signs and shared keys."""
     for length in (1, 7, 130):
         yield _qwen(length)
         yield _kimi(length)
+        yield _fla(length, "head")
+        yield _fla(length, "channel")
 
 
 def _qwen(length: int) -> Comparison:
@@ -44,7 +51,7 @@ def _qwen(length: int) -> Comparison:
         theirs.out_proj.weight.copy_(ours.o.weight)
         theirs.A_log.copy_(ours.log_rate)
         theirs.dt_bias.copy_(ours.step_bias)
-    return Comparison(f"a head's decay, T={length}", lambda x: ours(x)[0], theirs, torch.randn(2, length, 32), 5e-5)
+    return Comparison(f"a head's decay, T={length}", lambda x: ours(x)[0], theirs, torch.randn(2, length, 32))
 
 
 def _kimi(length: int) -> Comparison:
@@ -81,4 +88,28 @@ def _kimi(length: int) -> Comparison:
         y: Tensor = theirs(x)
         return y
 
-    return Comparison(f"a channel's decay, T={length}", lambda x: ours(x)[0], run, torch.randn(2, length, 24), 5e-5)
+    return Comparison(f"a channel's decay, T={length}", lambda x: ours(x)[0], run, torch.randn(2, length, 24))
+
+
+def _fla(length: int, decay: str) -> Comparison:
+    ours = make("gated_deltanet", width=24, num_heads=4, num_key_heads=2, key_size=5, decay=decay, eigenvalues="both")
+    head = naive("fla/ops/gated_delta_rule/naive.py").naive_recurrent_gated_delta_rule
+    channel = naive("fla/ops/kda/naive.py").naive_recurrent_kda
+
+    def theirs(x: Tensor) -> Tensor:
+        q, k, v = (
+            convolved(ours, name, x).unflatten(-1, (heads, -1)) for name, heads in zip("qkv", (2, 2, 4), strict=True)
+        )
+        q, k = (unit(y).repeat_interleave(2, dim=2) for y in (q, k))
+        step = F.softplus(ours.step(x) + ours.step_bias).unflatten(-1, (4, -1))
+        g, beta = -ours.log_rate.exp()[:, None] * step, 2 * torch.sigmoid(ours.beta(x))
+        if decay == "head":
+            o, _ = head(q=q, k=k, v=v, g=g[..., 0], beta=beta)
+        else:
+            o, _ = channel(q=q, k=k, v=v, g=g, beta=beta)
+        o = F.rms_norm(o, (6,), ours.norm.weight[0], ours.norm.eps).flatten(-2)
+        y: Tensor = ours.o(o * (F.silu(ours.gate(x)) if decay == "head" else torch.sigmoid(ours.gate(x))))
+        return y
+
+    case = f"both signs, a {decay}'s decay, T={length}"
+    return Comparison(case, lambda x: ours(x)[0], theirs, torch.randn(2, length, 24))

@@ -1,4 +1,4 @@
-"""Lightning attention against transformers' MiniMax, and the paper's decays and rotation against a dense matrix."""
+"""Lightning attention against transformers' MiniMax; the paper's decay; its positions against a dense matrix."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -10,16 +10,17 @@ from torch.nn import functional as F
 from everlong.lab.bench.comparison import Comparison, make
 from everlong.lab.bench.errors import naive
 
-ORACLE = "transformers, MiniMaxLightningAttention; fla-core, simple_gla/naive.py"
+ORACLE = "transformers, MiniMaxLightningAttention; fla-core, simple_gla/naive.py; LRPE-d: eq. 4 as a dense matrix"
 
 
 def comparisons() -> Iterator[Comparison]:
-    """The released flavour in three layers of a model; the paper's decay; a dense matrix with rotation."""
+    """The released flavour in three layers of a model; the paper's decay; LRPE-d."""
     for layer in (0, 1, 3):
-        for length in (7, 130):
+        for length in (1, 7, 130):
             yield _minimax(layer, length)
-    yield _fla(130)
-    yield _dense(65)
+    for length in (1, 7, 130):
+        yield _fla(length)
+        yield _dense(length)
 
 
 def _minimax(layer: int, length: int) -> Comparison:
@@ -68,20 +69,19 @@ def _fla(length: int) -> Comparison:
 
 
 def _dense(length: int) -> Comparison:
-    """Each weight lambda^(t - s) Re[sum_i q_i k_i* e^(i theta (t - s))] as one number of a T x T matrix."""
+    """Each weight lambda^(t - s) sum_i q_i k_i cos(theta_i (t - s)) as one number of a T x T matrix."""
     ours = make("lightning", depth=4, width=24, num_heads=3).double()
     slopes = torch.tensor([8 * head / 3 for head in range(3)], dtype=torch.float64)
 
     def theirs(x: Tensor) -> Tensor:
         q, k, v = (getattr(ours, name)(x).unflatten(-1, (3, 8)) for name in "qkv")
-        q, k = (torch.complex(*F.silu(y).chunk(2, -1)) for y in (q, k))
         apart = torch.arange(length)[:, None] - torch.arange(length)
-        angle = torch.polar(torch.ones(3, 4, dtype=torch.float64), ours.theta) ** apart[..., None, None]
-        weights = torch.einsum("bthi,bshi,tshi->bhts", q, k.conj(), angle).real
+        waves = torch.cos(apart[..., None, None] * ours.theta)
+        weights = torch.einsum("bthi,bshi,tshi->bhts", F.silu(q), F.silu(k), waves)
         weights = weights * torch.exp(-slopes[:, None, None] * apart.clamp_min(0)) * (apart >= 0)
         o = torch.einsum("bhts,bshv->bthv", weights, v)
         y: Tensor = ours.o(F.rms_norm(o.flatten(-2), (24,), eps=1e-6) * ours.gate(x))
         return y
 
     x = torch.randn(2, length, 24, dtype=torch.float64)
-    return Comparison(f"LRPE, T={length}", lambda x: ours(x)[0], theirs, x, 1e-9)
+    return Comparison(f"LRPE-d, T={length}", lambda x: ours(x)[0], theirs, x, 1e-9)

@@ -28,11 +28,9 @@ def _torchscale(length: int) -> Comparison:
     ours = make("retnet", width=24, num_heads=3).double()
     ours.norm.eps = 1e-12  # below which rows that they divide by a sum differ from ours
     with torch.no_grad():
-        for name in "qk":  # theirs turns neighbours
-            paired = getattr(ours, name).weight.view(3, 2, 4, 24).transpose(1, 2)
-            getattr(theirs, f"{name}_proj").weight.copy_(paired.reshape(24, 24))
-        for name, label in (("v", "v_proj"), ("gate", "g_proj"), ("o", "out_proj")):
-            getattr(theirs, label).weight.copy_(getattr(ours, name).weight)
+        for name, label in (("q", "q"), ("k", "k"), ("v", "v"), ("gate", "g")):
+            getattr(theirs, f"{label}_proj").weight.copy_(getattr(ours, name).weight)
+        theirs.out_proj.weight.copy_(ours.o.weight)
     theta = (1.0 / 10_000 ** torch.linspace(0, 1, 4, dtype=torch.float64)).repeat_interleave(2)
     angles = torch.arange(length, dtype=torch.float64)[:, None] * theta
     gamma = torch.log(1 - 2.0 ** (-5 - torch.arange(3, dtype=torch.float64)))
@@ -55,8 +53,8 @@ def _fla(length: int) -> Comparison:
     angles = torch.arange(length)[:, None, None] * 1e4 ** -torch.linspace(0, 1, 4)
 
     def turned(x: Tensor) -> Tensor:
-        y = torch.complex(*x.chunk(2, -1)) * torch.polar(torch.ones_like(angles), angles)
-        return torch.cat([y.real, y.imag], -1).transpose(1, 2)
+        pairs = torch.view_as_complex(x.unflatten(-1, (-1, 2))) * torch.polar(torch.ones_like(angles), angles)
+        return torch.view_as_real(pairs).flatten(-2).transpose(1, 2)
 
     def theirs(x: Tensor) -> Tensor:
         q, k, v = (getattr(ours, name)(x).unflatten(-1, (3, -1)) for name in "qkv")
