@@ -37,7 +37,7 @@ def append(past: Shaped[Tensor, "B S *rest"], new: Shaped[Tensor, "B T *rest"]) 
 def append_ragged(
     pairs: list[tuple[Tensor, Tensor]], kept: Int[Tensor, " N"], lengths: Int[Tensor, " N"]
 ) -> tuple[list[Shaped[Tensor, "N R *rest"]], Bool[Tensor, "N R"]]:
-    """Past `[N, S, ...]` and new `[N, T, ...]` of each pair joined, where rows bring unequal numbers; what of it is real.
+    """Past `[N, S, ...]` and new `[N, T, ...]` of each pair joined, where rows bring unequal numbers; what is real.
 
     The last `kept` entries of a row of the past are real, and the last `lengths` of a row of what is new: so they are
     in the result, which is as long as the longest row.
