@@ -1,17 +1,18 @@
-"""Checkpoints of RWKV 4, 5.2, 6 and 7: state dicts of the released trainer, `.pth` or `.safetensors`, and rwkv.cpp's files.
+"""Checkpoints of RWKV 4, 5.2, 6 and 7: the released trainer's state dicts (.pth, .safetensors), and rwkv.cpp's files.
 
     everlong.interop.rwkv.load("RWKV-x070-World-0.1B.pth").save("run")
 
-Which version a checkpoint is of is told by the names of its tensors. rwkv.cpp, whose format is in its
-docs/FILE_FORMAT.md, keeps some tensors turned or as what is computed of them: `read` gives them as the trainer has them.
+The names of the tensors tell the version. rwkv.cpp, whose format is in its docs/FILE_FORMAT.md, keeps some tensors
+turned, or as what is computed of them: `read` gives them as the trainer has them. It runs version 5.2 with 1e-5 in the
+norm of the heads; here it is 64e-5, as in the authors' own program. The ids of the tiny models of its tests are bytes.
 """
 
 import mmap
 import re
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -19,9 +20,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from everlong.config import from_dict
 from everlong.data.disk import replacing
 from everlong.data.tokenizer import one_line
-from everlong.models.lm import LanguageModel, ModelConfig
+from everlong.models.lm import Block, LanguageModel, ModelConfig
 
 Version = Literal["4", "5.2", "6", "7"]
 Weights = dict[str, Tensor]
@@ -198,7 +200,9 @@ def from_weights(weights: Mapping[str, Tensor], source: str = "the checkpoint") 
             f"{source} has {len(left)} tensors that RWKV {kind} does not have: {', '.join(listed[:3])}"
             f"{', ...' if listed[3:] else ''}. It is of a variant that is not read"
         )
-    joined = {name: torch.stack(rows) if expected[name].dim() > rows[0].dim() else rows[0] for name, rows in found.items()}
+    joined = {
+        name: torch.stack(rows) if expected[name].dim() > rows[0].dim() else rows[0] for name, rows in found.items()
+    }
     model.load_state_dict(joined, assign=True)
     return model.eval()
 
@@ -209,12 +213,11 @@ def shape(weights: Mapping[str, Tensor], kind: Version, source: str = "the check
     Raises:
         ValueError: a tensor is missing, or the sizes make no model.
     """
-    numbers = [int(found[1]) for name in weights if (found := re.match(r"blocks\.(\d+)\.", name))]
-    depth = max(numbers) + 1
-    missing = [pair.theirs for pair, _ in _pairs(kind, depth) if pair.theirs not in weights] if depth < 1 << 12 else numbers
+    depth = len({found[1] for name in weights if (found := re.match(r"blocks\.(\d+)\.", name))})
+    missing = [pair.theirs for pair, _ in _pairs(kind, depth) if pair.theirs not in weights]
     if missing:
         raise ValueError(
-            f"{source} lacks {len(missing)} tensors of RWKV {kind}: {', '.join(map(str, missing[:3]))}"
+            f"{source} lacks {len(missing)} tensors of RWKV {kind}: {', '.join(missing[:3])}"
             f"{', ...' if missing[3:] else ''}. It is cut short, or of a variant that is not read"
         )
 
@@ -238,16 +241,10 @@ def shape(weights: Mapping[str, Tensor], kind: Version, source: str = "the check
     if kind != "4":
         layer["num_heads"] = size("blocks.0.att.r_k" if kind == "7" else "blocks.0.att.time_faaaa", 0)
     try:
-        return ModelConfig(
-            vocab_size=size("emb.weight", 0),
-            width=size("emb.weight", 1),
-            num_layers=depth,
-            layers=(layer,),
-            tie_embeddings=False,
-            norm="layer",
-        )
+        sizes = {"vocab_size": size("emb.weight", 0), "width": size("emb.weight", 1), "num_layers": depth}
+        return from_dict(ModelConfig, {**sizes, "layers": (layer,), "tie_embeddings": False, "norm": "layer"})
     except ValueError as error:
-        raise ValueError(f"{source} has sizes that make no model: {one_line(error)}. It is damaged") from None
+        raise ValueError(f"{source} has sizes that make no model: {error}. It is damaged") from None
 
 
 def state_dict(model: LanguageModel) -> Weights:
@@ -256,16 +253,23 @@ def state_dict(model: LanguageModel) -> Weights:
     Raises:
         ValueError: the model is none that RWKV's own programs can run.
     """
-    config, kinds = model.config, {_kind(block.mixer) for block in model.blocks}
-    if len(kinds) != 1 or None in kinds or config.norm != "layer" or config.block != "pre" or model.positions:
+    config, mixers = model.config, [block.mixer for block in cast(Iterable[Block], model.blocks)]
+    kinds = {_kind(mixer) for mixer in mixers}
+    kind = kinds.pop()
+    epsilons = (config.norm_eps, getattr(mixers[0].config, "group_norm_eps", 64e-5))
+    if kinds or kind is None or config.norm != "layer" or config.block != "pre" or model.positions:
         raise ValueError(
             "only a model of one version of RWKV can be written in its names, with norm='layer', block='pre' and no "
             f"positions: got layers={list(config.layers)}, norm={config.norm!r}, block={config.block!r}, "
             f"positions={config.embedding_positions}"
         )
-    (kind,) = kinds
+    if epsilons != (1e-5, 64e-5):
+        raise ValueError(
+            "RWKV's own programs know no other norms than those of norm_eps=1e-05 and group_norm_eps=0.00064: "
+            f"got norm_eps={epsilons[0]}, group_norm_eps={epsilons[1]}"
+        )
     weights = {name: value.detach() for name, value in model.state_dict().items()}
-    heads = getattr(model.blocks[0].mixer.config, "heads", 1)
+    heads = getattr(mixers[0].config, "heads", 1)
     return {pair.theirs: _to_theirs(pair, weights[ours], heads) for pair, ours in _pairs(kind, config.num_layers)}
 
 
@@ -307,7 +311,7 @@ def _pairs(kind: Version, depth: int) -> Iterator[tuple[Pair, str]]:
 def _to_ours(pair: Pair, value: Tensor, like: Tensor, source: str) -> Tensor:
     """A tensor of theirs as ours; a row where ours has several."""
     wanted = like.shape[1:] if pair.row is not None else like.shape
-    value = value.float()
+    value = value.to(torch.float32, copy=True)  # the model shares no memory with a dict or a file
     value = value.T if pair.form == "turned" and value.dim() == 2 else value
     if [n for n in value.shape if n > 1] != [n for n in wanted if n > 1] and not (
         pair.form in ("flat", "heads") and value.numel() == wanted.numel()
@@ -397,7 +401,9 @@ def _tensors(path: Path) -> Iterator[tuple[str, Tensor]]:
             names.add(name)
             yield name, torch.from_numpy(values.reshape(sizes[::-1]).astype(_TYPES[kind][1]))
             if name == "emb.weight" and sizes != (width, vocab):
-                raise ValueError(f"{path} is damaged: its header and its embedding are of different sizes. Copy it again")
+                raise ValueError(
+                    f"{path} is damaged: its header and its embedding are of different sizes. Copy it again"
+                )
         if f"blocks.{depth - 1}.ln1.weight" not in names or "head.weight" not in names:
             raise ValueError(f"{path} is cut short: its header tells of {depth} layers. Copy or download it again")
 
@@ -421,12 +427,16 @@ def _untwisted(weights: Weights, path: Path) -> Weights:
         elif part == "time_decay" and kind in ("4", "5.2"):  # the rate, negative, or the factor of a step
             rate = -value.double() if kind == "4" else -value.double().clamp(1e-38, 1 - 2**-26).log()
             value = rate.clamp_min(1e-38).log().float()
-        if part.startswith("time_") and value.dim() == 3 and value.shape[2] == 1:
-            value = value.flatten() if kind == "6" and part == "time_decay" else value[..., 0]
-        if part.startswith(("time_m", "x_")) and value.dim() < 2 or part in _VECTORS:
+        if (
+            part in _VECTORS
+            or (kind == "6" and part == "time_decay")
+            or (part.startswith("time_m") and value.dim() < 2)
+        ):
             value = value.reshape(1, 1, -1)
+        elif part in ("time_decay", "time_faaaa") and value.dim() == 3 and value.shape[2] == 1:
+            value = value[..., 0]
         found[name] = value
     return found
 
 
-_VECTORS = {"w0", "a0", "v0", "k_k", "k_a"}
+_VECTORS = {"w0", "a0", "v0", "k_k", "k_a", "x_k"}

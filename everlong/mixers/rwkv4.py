@@ -90,9 +90,9 @@ class RWKV4(Mixer):
         self.mix = nn.Parameter(1 - torch.stack([ramp(d, down), ramp(d, down) + 0.3 * up, ramp(d, down / 2)]))
         self.decay = nn.Parameter(8 * line(d) ** (0.7 + 1.3 * up) - 5)
         self.bonus = nn.Parameter(math.log(0.3) + 0.5 * ((torch.arange(d) + 1) % 3 - 1))
-        self.feed_forward = ChannelMix(d, config.hidden, mix=1 - ramp(d, down).repeat(2, 1))
+        self.feed_forward = ChannelMix(d, config.hidden, depth=depth, mix=1 - ramp(d, down).repeat(2, 1))
         orthogonal(self.v)
-        for linear in (self.k, self.gate, self.o):
+        for linear in (self.k, self.gate):
             nn.init.zeros_(linear.weight)
 
     def init_state(self, batch: int) -> State:
@@ -113,7 +113,8 @@ class RWKV4(Mixer):
         run = steps if context.form == "recurrent" or few else chunk
         with without_autocast(x):
             wkv, sums = run(k, v, exact(self.decay).exp(), exact(self.bonus), sums, context.cu_seqlens)
-        y = self.o(torch.sigmoid(self.gate(to_gate)) * wkv)
+        gate = torch.sigmoid(self.gate(to_gate))
+        y = self.o(gate * wkv.to(gate.dtype))
         mixed = stream + y
         z, feed_forward = self.feed_forward(mixed, state.feed_forward, context.cu_seqlens)
         return (y + z if stream is x else mixed + z - x), State(*sums, last, feed_forward)
@@ -157,7 +158,7 @@ def steps(
     """wkv, one token after another, and the sums after the last.
 
     What is divided does not depend on the exponents that are taken out of it: none of them carries a gradient, but for
-    those of the given state.
+    those of the given state. Nor does it matter how they are rounded, where a rate is taken from a difference of two.
     """
     outputs, after = [v[:, :0]], []
     for span in spans(k.shape[1], cu_seqlens):
@@ -168,7 +169,7 @@ def steps(
             old, new = torch.exp(p - top), torch.exp(bonus + key - top)
             outputs.append(((old * a + new * value) / (old * b + new))[:, None])
             top = torch.maximum(p - rate, key).detach()
-            old, new = torch.exp(p - rate - top), torch.exp(key - top)
+            old, new = torch.exp(p - top - rate), torch.exp(key - top)
             a, b, p = old * a + new * value, old * b + new, top
         after.append((a, b, p))
     a, b, p = (torch.cat(parts) for parts in zip(*after, strict=True))
@@ -183,13 +184,13 @@ def chunk(
     sums: Sums,
     cu_seqlens: Int[Tensor, " N_plus_1"] | None,
 ) -> tuple[Float[Tensor, "B T D"], Sums]:
-    """The same by one linear scan of both sums, under exponents that are known before: their own recurrence is a max."""
+    """The same by one linear scan of both sums, under exponents that are known before it."""
     if k.shape[1] == 0:
         return v, sums
     a, b, p = sums
     top = exponents(k, rate, p, cu_seqlens)
     before, _ = shifted(top, p, cu_seqlens)
-    fade, weight = torch.exp(before - rate - top), torch.exp(k - top)
+    fade, weight = torch.exp(before - top - rate), torch.exp(k - top)
     both, last = linear_scan(
         torch.cat([fade, fade], -1),
         torch.cat([weight * v, weight], -1),

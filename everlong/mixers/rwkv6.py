@@ -1,9 +1,9 @@
 """RWKV-6 (Finch), and RWKV-5.2 (Eagle): a memory of keys and values whose every channel of keys fades at its own rate.
 
-    o_t = S_{t-1}^T q_t + (q_t . (u * k_t)) v_t         S_t = diag(w_t) S_{t-1} + k_t v_t^T            (eq. 14, 15; 19)
-    w_t = exp(-exp(d_t))       d_t = d + W tanh(W' x_t^w)      Eagle: d_t = d
-    x_t^i = x_t + (x_{t-1} - x_t) * (mu_i + W_i tanh(W'_i x_t^x))   for i of w, k, v, q, gate      Eagle: mu_i alone
-    y_t = W_o [ group_norm(o_t) * silu(W_gate x_t^gate) ]      z_t = channel mix of x_t + y_t
+    o_t = S_{t-1}^T q_t + (q_t . (u * k_t)) v_t         S_t = diag(w_t) S_{t-1} + k_t v_t^T               (eq. 19 to 22)
+    w_t = exp(-exp(d_t))       d_t = d + W tanh(W' x_t^w); Eagle: d_t = d                                 (eq. 17, 18)
+    x_t^i = x_t + (x_{t-1} - x_t) * (mu_i + W_i tanh(W'_i x_t^x)); Eagle: mu_i alone                   (eq. 14, 15; 3)
+    y_t = W_o [ group_norm(o_t) * silu(W_gate x_t^gate) ]            z_t = channel mix of x_t + y_t   (eq. 20; 10 to 13)
 
 q is what RWKV calls the receptance, u the bonus of a token for itself. It is the whole branch of its block, norms
 included, and gives y + z; the first layer of a model also norms the embedding.
@@ -13,7 +13,7 @@ State     S [B, H, N, N] and the last inputs of both shifts: 4 (D N + 2 D) bytes
 Cost      FLOPs a token: 12 D D + 4 D F + 4 D N for the memory; Finch also 20 D R + 4 D R' for ranks R of the shift and
           R' of the decay
 Source    Peng et al. 2024, "Eagle and Finch", arXiv 2404.05892
-Deviates  the weights of Eagle's token shift are those of the token before, 1 - mu
+Deviates  the low-rank matrices of all shifts read one input, that of mu_x, as the released models have it
 """
 
 import dataclasses
@@ -61,8 +61,8 @@ class Options(HeadOptions):
         super().__post_init__()
         if self.hidden < 1 or self.mix_rank < 1 or self.decay_rank < 1:
             raise ValueError(
-                f"`feed_forward`, `mix_rank` and `decay_rank` must be at least 1: got feed_forward={self.feed_forward}, "
-                f"mix_rank={self.mix_rank}, decay_rank={self.decay_rank}"
+                "`feed_forward`, `mix_rank` and `decay_rank` must be at least 1: got "
+                f"feed_forward={self.feed_forward}, mix_rank={self.mix_rank}, decay_rank={self.decay_rank}"
             )
 
     @property
@@ -108,10 +108,9 @@ class RWKV6(Mixer):
         zigzag = 0.1 * ((torch.arange(d) + 1) % 3 - 1)
         self.bonus = nn.Parameter((up * (1 - line(d)) + zigzag).view(h, -1))
         self.group_norm = GroupNorm(h, config.head_size, gain=((layer + 1) / depth) ** 0.7, eps=config.group_norm_eps)
-        self.feed_forward = ChannelMix(d, config.hidden, mix=1 - long.repeat(2, 1))
+        self.feed_forward = ChannelMix(d, config.hidden, depth=depth, mix=1 - long.repeat(2, 1))
         for linear, scale in ((self.q, 1.0), (self.k, 0.1), (self.v, 1.0), (self.gate, 0.1)):
             orthogonal(linear, scale)
-        nn.init.zeros_(self.o.weight)
 
     def init_state(self, batch: int) -> State:
         c = self.config
@@ -128,12 +127,12 @@ class RWKV6(Mixer):
         y = self.norm(stream)
         before, last = shifted(y, state.last, context.cu_seqlens)
         *to_decay, to_k, to_v, to_q, to_gate = self.inputs(y, before)
-        rate = exact(self.decay(to_decay[0]) if to_decay else self.log_rate.expand_as(x)).exp()
+        log_rate = self.decay(to_decay[0]) if to_decay else self.log_rate.expand_as(x)
         o, memory = linear_attention(
             self.q(to_q).unflatten(-1, heads),
             self.k(to_k).unflatten(-1, heads),
             self.v(to_v).unflatten(-1, heads),
-            log_decay=-rate.unflatten(-1, heads),
+            log_decay=torch.unflatten(-exact(log_rate).exp(), -1, heads),
             bonus=self.bonus,
             scale=1.0,
             initial_state=state.memory,
@@ -151,9 +150,9 @@ class RWKV6(Mixer):
         if self.config.variant == "eagle":
             return blended(x, before, self.mix)
         (base,) = blended(x, before, self.mix_base[None])
-        ranks = torch.tanh(self.mix_down(base)).flatten(0, 1).unflatten(-1, (5, -1)).transpose(0, 1)
+        ranks = torch.tanh(self.mix_down(base)).view(-1, 5, self.config.mix_rank).transpose(0, 1)
         mix = torch.baddbmm(self.mix[:, None], ranks, self.mix_up)
-        return blended(x, before, mix.unflatten(1, x.shape[:2]))
+        return blended(x, before, mix.view(5, *x.shape))
 
     @classmethod
     def cost(cls, config: Options, length: int) -> Cost:
@@ -175,12 +174,14 @@ class RWKV6(Mixer):
         stream = x if self.embedding_norm is None else self.embedding_norm(x)
         last, memory = torch.zeros_like(x[:1]).sum(0), x.new_zeros(self.config.heads, size, size)
         for row in self.norm(stream):
-            step, mix, log_rate = last - row, self.mix, getattr(self, "log_rate", None)
+            step = last - row
             if self.config.variant == "finch":
                 ranks = torch.tanh(self.mix_down.weight @ (row + step * self.mix_base)).view(5, -1)
-                mix = torch.stack([mu + w.T @ rank for mu, w, rank in zip(mix, self.mix_up, ranks, strict=True)])
-                down, up = self.decay.down.weight, self.decay.up.weight
-                log_rate = self.decay.base + up @ torch.tanh(down @ (row + step * mix[0]))
+                mix = torch.stack([mu + w.T @ rank for mu, w, rank in zip(self.mix, self.mix_up, ranks, strict=True)])
+                rate = self.decay.up.weight @ torch.tanh(self.decay.down.weight @ (row + step * mix[0]))
+                rate = torch.exp(rate if self.decay.base is None else rate + self.decay.base)
+            else:
+                mix, rate = self.mix + 0.0, torch.exp(self.log_rate)
             to_k, to_v, to_q, to_gate = row + step * mix[-4:]
             last = row
             q, k, v = (
@@ -188,8 +189,10 @@ class RWKV6(Mixer):
             )
             pair = k[:, :, None] * v[:, None, :]
             o = (q[:, :, None] * (memory + self.bonus[:, :, None] * pair)).sum(1)
-            memory = torch.exp(-torch.exp(log_rate)).view(-1, size, 1) * memory + pair
-            o = (o - o.mean(1, keepdim=True)) / (o.var(1, keepdim=True, unbiased=False) + self.config.group_norm_eps).sqrt()
+            memory = torch.exp(-rate).view(-1, size, 1) * memory + pair
+            o = (o - o.mean(1, keepdim=True)) / (
+                o.var(1, keepdim=True, unbiased=False) + self.config.group_norm_eps
+            ).sqrt()
             o = (o * self.group_norm.weight + self.group_norm.bias).flatten()
             outputs.append((self.o.weight @ (o * F.silu(self.gate.weight @ to_gate)))[None])
         mixed = stream + torch.cat(outputs)

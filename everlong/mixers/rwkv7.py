@@ -1,21 +1,22 @@
 """RWKV-7 (Goose): a memory that takes back what a key stood for before it writes, at a rate of each channel's own.
 
-    S_t = (diag(w_t) - kappa_t (a_t * kappa_t)^T)^T S_{t-1} + k_t v_t^T         o_t = S_t^T q_t                 (eq. 16)
-    w_t = exp(-e^{-1/2} sigmoid(d + W tanh(W' x_t^w)))       a_t = sigmoid(a + A A' x_t^a)                    (eq. 4, 12)
+    S_t = (diag(w_t) - (a_t * kappa_t) kappa_t^T) S_{t-1} + k_t v_t^T            o_t = S_t^T q_t
+    w_t = exp(-e^{-1/2} sigmoid(d + W tanh(W' x_t^w)))              a_t = sigmoid(a + A A' x_t^a)
     kappa_t = k'_t * xi / |k'_t * xi| in each head      k_t = k'_t * (1 + (a_t - 1) * alpha)      k'_t = W_k x_t^k
-    v_t = v'_t + (v'_t of the first layer - v'_t) * sigmoid(nu + N N' x_t^v)       v'_t = W_v x_t^v             (eq. 9)
+    v_t = v'_t + (v'_t of the first layer - v'_t) * sigmoid(nu + N N' x_t^v)        v'_t = W_v x_t^v
     y_t = W_o [ (group_norm(o_t) + (q_t . (rho * k_t)) v_t) * (G sigmoid(G' x_t^g)) ]
     z_t = channel mix of x_t + y_t, without gate;  x_t^i = x_t + (x_{t-1} - x_t) * mu_i
 
 q is what RWKV calls the receptance. What is taken back is what S_{t-1} held before it faded. It is the whole branch of
 its block, norms included, and gives y + z; the first layer of a model also norms the embedding.
 
-Shapes    x [B, T, D] -> y + z [B, T, D];  q, k, v, w, a, kappa, o [B, T, H, N], H N = D
+Shapes    x [B, T, D] -> y + z [B, T, D];  q, k, v, w, a, kappa, o [B, T, H, N], H N = D;  F
+          channels inside of the channel mix
 State     S [B, H, N, N] and the last inputs of both shifts: 4 (D N + 2 D) bytes
 Cost      FLOPs a token: 8 D D + 4 D F + 4 D (sum of the ranks) for the projections + 8 D N for the memory
-Source    Peng et al. 2025, "RWKV-7 Goose with Expressive Dynamic State Evolution", arXiv 2503.14456
-Deviates  the state stands as K x V, so that products with it are transposed against the paper's; kappa's length is at
-          least 1e-6. Where the model's first layer is another mixer, the first RWKV-7 offers its values to the others
+Source    Peng et al. 2025, "RWKV-7 Goose with Expressive Dynamic State Evolution", arXiv 2503.14456, section 4
+Deviates  the state stands as K x V, so that products with it are transposed against the paper's; 1e-12 is added to
+          kappa's squared length. Where a model begins with another mixer, its first RWKV-7 offers values to the others
 """
 
 import dataclasses
@@ -121,10 +122,9 @@ class RWKV7(Mixer):
         self.k_rate = nn.Parameter(torch.full((d,), 1.02))  # alpha
         self.bonus = nn.Parameter(torch.full((h, n), -0.04))  # rho
         self.group_norm = GroupNorm(h, n, gain=((layer + 1) / depth) ** 0.7)
-        self.feed_forward = ChannelMix(d, config.hidden, mix=1 - ramp(d, down**4)[None])
+        self.feed_forward = ChannelMix(d, config.hidden, depth=depth, mix=1 - ramp(d, down**4)[None])
         for linear, scale in ((self.q, 1.0), (self.k, 0.1), (self.v, 1.0)):
             orthogonal(linear, scale)
-        nn.init.zeros_(self.o.weight)
 
     def init_state(self, batch: int) -> State:
         c = self.config
@@ -144,15 +144,15 @@ class RWKV7(Mixer):
         q, k, v = self.q(to_q), self.k(to_k), self.values(to_v, context)
         rate = torch.sigmoid(self.rate(to_rate))
         kappa = normalize((k * self.k_scale).unflatten(-1, heads))
-        k = (k * torch.lerp(torch.ones_like(rate), rate, self.k_rate)).to(v.dtype)
-        q, k, v, rate = (y.unflatten(-1, heads) for y in (q, k, v, rate))
+        k = (k * torch.lerp(torch.ones_like(rate), rate, exact(self.k_rate))).to(v.dtype)
+        q, k, v, rate = (torch.unflatten(y, -1, heads) for y in (q, k, v, rate))
         o, memory = dplr(
             q,
             k,
             v,
             -kappa.to(v.dtype),
             (kappa * rate).to(v.dtype),
-            log_decay=-FASTEST * torch.sigmoid(self.decay(to_decay)).unflatten(-1, heads),
+            log_decay=torch.unflatten(-FASTEST * torch.sigmoid(self.decay(to_decay)), -1, heads),
             scale=1.0,
             initial_state=state.memory,
             cu_seqlens=context.cu_seqlens,

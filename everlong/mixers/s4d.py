@@ -29,6 +29,7 @@ from everlong.nn.layers import exact
 from everlong.nn.state_space import System, SystemOptions, complexes, reals, respond
 from everlong.ops import linear_scan
 from everlong.ops.chunks import without_autocast
+from everlong.ops.scoring import uncompiled
 
 
 class State(NamedTuple):
@@ -90,12 +91,21 @@ class S4D(Mixer):
     def forward(
         self, x: Float[Tensor, "B T D"], state: State | None = None, context: Context = Context()
     ) -> tuple[Float[Tensor, "B T D"], State]:
+        # Complex numbers gain nothing from the compiler, and loops over powers take it minutes.
+        y, memory = uncompiled(self._respond)(x, state, context)
+        return self._output(y), State(memory)
+
+    def _respond(
+        self, x: Float[Tensor, "B T D"], state: State | None, context: Context
+    ) -> tuple[Float[Tensor, "B T D"], Float[Tensor, "n D P 2"]]:
+        """What the state space makes of x, and its last states."""
         with without_autocast(x):
-            u = exact(x)
-            memory = None if state is None else state.memory.to(u.dtype).flatten(2).transpose(0, 1)
+            u, memory = exact(x), None
+            if state is not None:  # copied: what is read as complex numbers may not lie anywhere in memory
+                memory = state.memory.to(u.dtype, copy=True).flatten(2).transpose(0, 1)
             y, memory = respond(self.system(), u, memory, context.cu_seqlens, context.form)
             y = y + exact(self.skip) * u
-        return self._output(y.to(x.dtype)), State(torch.unflatten(memory.transpose(0, 1), 2, (-1, 2)))
+        return y.to(x.dtype), torch.unflatten(memory.transpose(0, 1), 2, (-1, 2))
 
     def _output(self, y: Float[Tensor, "*B D"]) -> Float[Tensor, "*B D"]:
         z = F.gelu(y)

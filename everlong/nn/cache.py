@@ -3,6 +3,7 @@
 import torch
 from jaxtyping import Bool, Int, Shaped
 from torch import Tensor
+from torch.nn import functional
 
 
 class _Buffer:
@@ -36,7 +37,7 @@ def append(past: Shaped[Tensor, "B S *rest"], new: Shaped[Tensor, "B T *rest"]) 
 def append_ragged(
     pairs: list[tuple[Tensor, Tensor]], kept: Int[Tensor, " N"], lengths: Int[Tensor, " N"]
 ) -> tuple[list[Shaped[Tensor, "N R *rest"]], Bool[Tensor, "N R"]]:
-    """Past `[N, S, ...]` and new `[N, T, ...]` of each pair joined, where rows bring unequal numbers; what of it is real.
+    """Past `[N, S, ...]` and new `[N, T, ...]` of each pair joined, where rows bring unequal numbers; what is real.
 
     The last `kept` entries of a row of the past are real, and the last `lengths` of a row of what is new: so they are
     in the result, which is as long as the longest row.
@@ -59,3 +60,27 @@ def append_ragged(
         return torch.cat([before.to(after.dtype), after], dim=1).gather(1, index)
 
     return [joined(*pair) for pair in pairs], real.gather(1, order)
+
+
+def retain(leaves: list[Tensor], keep: Bool[Tensor, "N S"]) -> list[Shaped[Tensor, "N R *rest"]]:
+    """What is to be kept of `[N, S, ...]`, at the end of each row and as long as the longest; zeros before it."""
+    if bool(keep.all()):
+        return leaves
+    count = keep.sum(1)
+    longest = int(count.max()) if len(count) else 0
+    order = keep.int().argsort(dim=1, stable=True)[:, keep.shape[1] - longest :]
+    real = torch.arange(longest, device=keep.device) >= longest - count[:, None]
+    ragged = not bool(real.all())
+
+    def kept(leaf: Tensor) -> Tensor:
+        after = (1,) * (leaf.dim() - 2)
+        rows = leaf.gather(1, order.view(*order.shape, *after).expand(-1, -1, *leaf.shape[2:]))
+        return rows * real.view(*real.shape, *after).to(rows.dtype) if ragged else rows
+
+    return [kept(leaf) for leaf in leaves]
+
+
+def stacked(leaves: list[Shaped[Tensor, "_ _ *rest"]]) -> list[Shaped[Tensor, "_ _ *rest"]]:
+    """Caches of unequal lengths made as long as the longest, with zeros before what is there."""
+    longest = max((leaf.shape[1] for leaf in leaves), default=0)
+    return [functional.pad(leaf, (*(0, 0) * (leaf.dim() - 2), longest - leaf.shape[1], 0)) for leaf in leaves]

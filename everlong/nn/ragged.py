@@ -28,7 +28,7 @@ class Groups:
 
     def row(self, batches: Sequence[Tensor]) -> Shaped[Tensor, "1 T ..."]:
         """The tokens of all groups in their order in the row; there is at least one group."""
-        pieces = [piece for batch in batches for piece in batch.split(1)]
+        pieces = [piece for batch in batches for piece in batch.split_with_sizes([1] * len(batch))]
         return torch.cat([pieces[place] for place in self._places()], 1)
 
     def rows(self, batches: Sequence[Tensor]) -> Shaped[Tensor, "N ..."]:

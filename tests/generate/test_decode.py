@@ -158,7 +158,10 @@ def test_bad_numbers():
 @pytest.mark.parametrize(
     ("layer", "told"),
     [
-        ({"mixer": "attention", "causal": False}, "attention with causal=False sees the tokens to come.*: leave it out"),
+        (
+            {"mixer": "attention", "causal": False},
+            "attention with causal=False sees the tokens to come.*: leave it out",
+        ),
         ("linformer", "linformer, which is bidirectional only, sees the tokens to come.*: take one of attention, "),
     ],
 )

@@ -18,7 +18,12 @@ from everlong.mixers.base import Context, name_of
 from everlong.models.lm import LanguageModel, ModelConfig
 
 WIDTH = 36  # an odd number of heads of an odd half size
-CASES = [(name, options) for name in names() for options in ({}, *VARIANTS.get(name, ()))]
+AT_ONCE = 4  # cases of a mixer that `make test` runs; `make test-all` runs all
+CASES = [
+    pytest.param(name, options, marks=[pytest.mark.slow] if place >= AT_ONCE else [])
+    for name in names()
+    for place, options in enumerate(({}, *VARIANTS.get(name, ())))
+]
 LENGTHS = [1, 2, 63, 65, 300]
 
 
@@ -52,7 +57,7 @@ def every(cases):
 
 
 cases = every(CASES)
-causal_cases = every([case for case in CASES if is_causal(*case)])
+causal_cases = every([case for case in CASES if is_causal(*case.values)])
 
 
 def test_names_and_files_agree():

@@ -83,6 +83,16 @@ def test_no_parameters_make_the_state_grow(name, options):
 
 
 @both
+def test_a_state_may_lie_anywhere(name, options):
+    mixer = build(name, options, dtype=torch.float32)
+    x, state = torch.randn(1, 70, 5), mixer(torch.randn(1, 3, 5))[1]
+    moved = torch.cat([torch.zeros(1), state.memory.detach().flatten()])[1:].view_as(state.memory)
+    for form in FORMS:
+        expected, own = (mixer(x, type(state)(memory), Context(form=form))[0] for memory in (state.memory, moved))
+        assert torch.equal(own, expected)
+
+
+@both
 def test_auto_is_causal_bit_for_bit(name, options):
     mixer = build(name, options, dtype=torch.float32)
     x = torch.randn(2, 300, 5)

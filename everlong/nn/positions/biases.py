@@ -88,7 +88,7 @@ class T5(PositionEncoding):
 
 
 class RotaryBias(PositionEncoding):
-    """A sum of waves over the distance, of learned amplitudes and phases: the product of two vectors turned as by rope."""
+    """A sum of waves over the distance, of learned amplitudes and phases: two vectors turned as by rope."""
 
     hooks = frozenset({"score bias"})
 

@@ -22,7 +22,7 @@ def comparisons() -> Iterator[Comparison]:
 
 
 def _compared(length: int, kind: str, *, causal: bool) -> Comparison:
-    from performer_pytorch.performer_pytorch import (  # type: ignore[import-untyped]
+    from performer_pytorch.performer_pytorch import (
         generalized_kernel,
         linear_attention,
         softmax_kernel,

@@ -32,9 +32,14 @@ def _compared(length: int, *, first: bool, feed_forward: int | None = None) -> C
         theirs.pre_ln = ours.embedding_norm
     theirs.ln1, theirs.ln2 = ours.norm, ours.feed_forward.norm
     time.key, time.value, time.receptance, time.output = ours.k, ours.v, ours.gate, ours.o
-    channel.key, channel.value, channel.receptance = (getattr(ours.feed_forward, name) for name in ("up", "down", "gate"))
+    channel.key, channel.value, channel.receptance = (
+        getattr(ours.feed_forward, name) for name in ("up", "down", "gate")
+    )
     time.time_decay, time.time_first = ours.decay, ours.bonus
-    for part, mix, names in ((time, ours.mix, "key value receptance"), (channel, ours.feed_forward.mix, "key receptance")):
+    for part, mix, names in (
+        (time, ours.mix, "key value receptance"),
+        (channel, ours.feed_forward.mix, "key receptance"),
+    ):
         for name, row in zip(names.split(), 1 - mix.detach(), strict=True):
             setattr(part, f"time_mix_{name}", torch.nn.Parameter(row[None, None]))
 

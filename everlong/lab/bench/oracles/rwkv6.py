@@ -5,6 +5,7 @@ import functools
 import importlib.util
 import io
 import os
+import warnings
 from collections.abc import Iterator
 from types import ModuleType
 from typing import Any
@@ -38,7 +39,9 @@ def package(**switches: str) -> ModuleType:
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     switches = {"RWKV_JIT_ON": "0", "RWKV_CUDA_ON": "0", "RWKV_V7_ON": "0", **switches}
-    with mock.patch.dict(os.environ, switches), contextlib.redirect_stdout(io.StringIO()):  # it announces itself
+    quiet = contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings()
+    with mock.patch.dict("os.environ", switches), quiet[0], quiet[1]:  # it announces itself, and warns of what it uses
+        warnings.simplefilter("ignore")
         spec.loader.exec_module(module)
     return module
 
@@ -62,7 +65,9 @@ def _compared(variant: str, length: int, *, first: bool) -> Comparison:
         norms = (*norm(ours.norm), *heads)
         if variant == "eagle":
             rate = torch.exp(-torch.exp(ours.log_rate)).view(3, -1, 1)
-            return run.att_one_v5_1(None, x, last, memory, *norms, *(1 - ours.mix), rate, bonus, *matrices, *nothing * 5)
+            return run.att_one_v5_1(
+                None, x, last, memory, *norms, *(1 - ours.mix), rate, bonus, *matrices, *nothing * 5
+            )
         w, k, v, q, gate = ours.mix
         low = ours.mix_down.weight.T, ours.mix_up, ours.decay.down.weight.T, ours.decay.up.weight.T
         mixes = (ours.mix_base, w, k, v, q, gate)
