@@ -124,7 +124,7 @@ VARIANTS = {
     ],
     "retnet": [
         {"num_heads": 3, "value_expansion": 1.5},
-        {"num_heads": 18, "value_expansion": 0.5},
+        {"num_heads": 9, "value_expansion": 0.75},
     ],
     "gla": [
         {"num_heads": 3, "key_expansion": 1.0, "value_expansion": 0.5, "gate_rank": 2, "gate_temperature": 1.0},
