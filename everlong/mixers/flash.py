@@ -132,7 +132,7 @@ class Flash(Mixer):
         u, v, z = (F.silu(project(normed)) for project in (self.gate, self.v, self.z))
         heads = self.position.rotate(self.heads(z), where).to(v.dtype)
         tokens = Tokens._make([*heads.unbind(-2), v, where.expand(len(v), -1)])
-        if not x.shape[1]:
+        if not x.numel():
             return x, past
         counted = context.positions is None if fresh else None
         if self.config.causal:
