@@ -32,6 +32,7 @@ from everlong.mixers.base import Context, Cost, Mixer, Traits, unpadded
 from everlong.nn import positions
 from everlong.nn.gated import GatedOptions, OffsetScale, PairEncoding, Weights, attend, make_norm, weigh
 from everlong.nn.ragged import Groups
+from everlong.ops.scoring import uncompiled
 
 
 class State(NamedTuple):
@@ -132,11 +133,12 @@ class Flash(Mixer):
         u, v, z = (F.silu(project(normed)) for project in (self.gate, self.v, self.z))
         heads = self.position.rotate(self.heads(z), where).to(v.dtype)
         tokens = Tokens._make([*heads.unbind(-2), v, where.expand(len(v), -1)])
-        if not x.shape[1]:
+        if not x.numel():
             return x, past
         counted = context.positions is None if fresh else None
         if self.config.causal:
-            o, state = self._causal(tokens, past, context, counted)
+            # Which parts there are depends on numbers in the state, of which torch.compile knows nothing.
+            o, state = uncompiled(self._causal)(tokens, past, context, counted)
         else:
             o, state = self._bidirectional(tokens, context), past._replace(length=context.lengths(x))
         return self.o(u * o), state
