@@ -32,6 +32,7 @@ from everlong.mixers.base import Context, Cost, Mixer, Traits, unpadded
 from everlong.nn import positions
 from everlong.nn.gated import GatedOptions, OffsetScale, PairEncoding, Weights, attend, make_norm, weigh
 from everlong.nn.ragged import Groups
+from everlong.ops.scoring import uncompiled
 
 
 class State(NamedTuple):
@@ -136,7 +137,8 @@ class Flash(Mixer):
             return x, past
         counted = context.positions is None if fresh else None
         if self.config.causal:
-            o, state = self._causal(tokens, past, context, counted)
+            # Which parts there are depends on numbers in the state, of which torch.compile knows nothing.
+            o, state = uncompiled(self._causal)(tokens, past, context, counted)
         else:
             o, state = self._bidirectional(tokens, context), past._replace(length=context.lengths(x))
         return self.o(u * o), state
