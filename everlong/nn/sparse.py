@@ -13,6 +13,7 @@ Forms     mask        all queries at once against the keys that any of them sees
 
 Work      of T queries:  T w for a window w;  T (l + c T / l) for blocks of l with c summaries;  T (l + T / l) for a
           window l and multiples of l;  T g for g global tokens; each up to a factor of 2 or so
+Memory    O(T) and a mask of the scores of all tiles, or of one tile where these are more than LIMIT
 Source    Child et al. 2019, arXiv 1904.10509; Beltagy et al. 2020, arXiv 2004.05150
 """
 
@@ -26,12 +27,14 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
 
 from everlong.ops import softmax_attention
 from everlong.ops.online_softmax import merge
-from everlong.ops.scoring import Result, uncompiled
+from everlong.ops.scoring import Result, joined, uncompiled
 
 FEW = 64  # queries that are one tile, whatever the pattern
+LIMIT = 1 << 24  # scores beyond which tiles are computed once more in the backward pass
 
 # What an encoding adds to the scores of queries [*rows, T] and keys [*rows, S]: [*rows, H, T, S]
 Bias = Callable[[Tensor, Tensor], Tensor]
@@ -190,12 +193,20 @@ class _Reader:
 
     def at_once(self, q: Queries, k: Keys) -> Result:
         """All queries against the keys that any of them sees."""
-        some = self.pattern.visible(q.places, k.places).flatten(0, 1).any(0)
-        return self.read(q, k if bool(some.all()) else k.pick(some.nonzero()[:, 0]))
-
-    def read(self, q: Queries, k: Keys, *, with_lse: bool = False) -> Result:
-        """One tile."""
         seen = self.pattern.visible(q.places, k.places)
+        some = seen.flatten(0, 1).any(0)
+        if not bool(some.all()):
+            index = some.nonzero()[:, 0]
+            seen, k = seen.index_select(2, index), k.pick(index)
+        return self.read(q, k, seen)
+
+    def tile(self, q: Queries, parts: list[Keys], with_lse: bool) -> Result:
+        """These queries against keys from several places."""
+        k = _joined(parts)
+        return self.read(q, k, self.pattern.visible(q.places, k.places), with_lse=with_lse)
+
+    def read(self, q: Queries, k: Keys, seen: Bool[Tensor, "rows T S"], *, with_lse: bool = False) -> Result:
+        """These queries against these keys."""
         mask = None if bool(seen.all()) else seen[:, None]
         bias = None if self.bias is None else self.bias(q.positions, k.positions)
         return self.call(q.vectors, k.keys, k.values, with_lse, causal=False, mask=mask, bias=bias)
@@ -244,47 +255,54 @@ class _Reader:
 
     def tiles(self, q: Queries, k: Keys, *, with_lse: bool) -> Result:
         """Neighbouring queries against what is near, and what is far or global on either side of that."""
-        rule, start, length = self.pattern, int(q.places[0, 0]), q.vectors.shape[1]
-        stop, total = start + length, k.keys.shape[1]
-        edges = self._edges(start, stop)
-        spans = []
-        for low, high in itertools.pairwise(edges):
-            if rule.near is None:
-                first = last = high if rule.causal else 0
-            else:
-                ends = torch.tensor([low, high - 1])
-                first, last = int(rule._reach(ends)[0][0]), int(rule._reach(ends)[1][1])
-                last = min(last, high if rule.causal else stop)
-            # From a place to where its key stands: from the first place that a query sees on, none is missing.
-            spans.append(tuple(min(max(place - stop + total, 0), total) for place in (first, last)))
-        places = k.places[0]
+        rule, total, places = self.pattern, k.keys.shape[1], k.places[0]
         apart = places < rule.global_tokens
         if rule.far == "summaries":
             apart = apart | rule._summarises(places)
-        where = apart.nonzero()[:, 0]
-        others, columns = k.pick(where), where.tolist()
-        index = torch.cat([torch.arange(first, last, device=where.device) for first, last in spans])
-        near = k.pick(index).split([last - first for first, last in spans])
-        results = []
-        for query, keys, (first, last) in zip(
-            q.split([b - a for a, b in itertools.pairwise(edges)]), near, spans, strict=True
-        ):
+        index = apart.nonzero()[:, 0]
+        others, columns = k.pick(index), index.tolist()
+        start = int(q.places[0, 0])
+        stop = start + q.vectors.shape[1]
+        edges = self._edges(start, stop, len(columns))
+        # From a place to where its key stands: from the first place that is near to a query on, none is missing.
+        spans = [tuple(min(max(place - stop + total, 0), total) for place in ends) for ends in self._near(edges, stop)]
+        near = k.pick(torch.cat([torch.arange(*span, device=index.device) for span in spans]))
+        queries = q.split([high - low for low, high in itertools.pairwise(edges)])
+        tiles = []
+        for keys, (first, last) in zip(near.split([last - first for first, last in spans]), spans, strict=True):
             before, after = bisect.bisect_left(columns, first), bisect.bisect_left(columns, last)
-            parts = [others.part(0, before), keys]
-            if not rule.causal:
-                parts.append(others.part(after, None))
-            results.append(self.read(query, _joined(parts), with_lse=with_lse))
-        sums = [lse for _, lse in results if lse is not None]
-        return torch.cat([o for o, _ in results], 1), torch.cat(sums, 1) if sums else None
+            tiles.append([others.part(0, before), keys, *([] if rule.causal else [others.part(after, None)])])
+        scores = sum(
+            query.places.shape[1] * sum(part.keys.shape[1] for part in parts)
+            for query, parts in zip(queries, tiles, strict=True)
+        )
+        once_more = scores > LIMIT and torch.is_grad_enabled()
+        results = [
+            checkpoint(self.tile, *tile, with_lse, use_reentrant=False, preserve_rng_state=False)
+            if once_more
+            else self.tile(*tile, with_lse)
+            for tile in zip(queries, tiles, strict=True)
+        ]
+        return joined(results, 1)
 
-    def _edges(self, start: int, stop: int) -> list[int]:
+    def _edges(self, start: int, stop: int, others: int) -> list[int]:
         """The places at which a tile begins, and the end."""
-        rule = self.pattern
+        rule, wide = self.pattern, max(FEW, others // 8)  # that many more are copied for each tile
         if rule.near == "block":  # a tile is a block or several whole ones
-            step = rule.stride * max(1, FEW // rule.stride)
+            step = rule.stride * max(1, wide // rule.stride)
             return [start, *range((start // step + 1) * step, stop, step), stop]
-        step = min(max(FEW, rule.window // 2), 4 * FEW) if rule.near == "window" else 2 * FEW
+        step = max(min(rule.window // 2, 4 * FEW), wide)
         return [*range(start, stop, step), stop]
+
+    def _near(self, edges: list[int], stop: int) -> list[tuple[int, int]]:
+        """Of each tile the first place that is near, and the one after the last."""
+        rule, ends = self.pattern, edges[1:]
+        if rule.near is None:
+            return [(end, end) if rule.causal else (0, 0) for end in ends]
+        first, _ = rule._reach(torch.tensor(edges[:-1]))
+        _, last = rule._reach(torch.tensor(ends) - 1)
+        last = last.minimum(torch.tensor(ends) if rule.causal else torch.tensor(stop))
+        return list(zip(first.tolist(), last.tolist(), strict=True))
 
     def classes(self, q: Queries, k: Keys, *, with_lse: bool) -> Result:
         """Tokens of one remainder together, beyond what is near or global; all are aligned at the last token."""

@@ -64,6 +64,18 @@ def test_tiles_and_classes_are_the_mask(pattern, causal):
             torch.testing.assert_close(rule.attend(q, fewer), expected, atol=1e-12, rtol=1e-12)
 
 
+def test_tiles_computed_once_more_have_the_same_gradients(monkeypatch):
+    rule, results = Pattern(True, near="block", far="summaries", stride=16, summary=3, global_tokens=4), []
+    q, k = tokens(200)
+    for limit in (sparse.LIMIT, 0):
+        monkeypatch.setattr(sparse, "LIMIT", limit)
+        leaves = [x.detach().clone().requires_grad_() for x in (q.vectors, k.keys, k.values)]
+        y = rule.attend(q._replace(vectors=leaves[0]), k._replace(keys=leaves[1], values=leaves[2]))
+        results.append([y, *torch.autograd.grad(y.square().sum(), leaves)])
+    for one, other in zip(*results, strict=True):
+        assert torch.equal(one, other)
+
+
 @pytest.fixture
 def touched(monkeypatch):
     """Counts the scores that are computed for one head, and the largest mask or bias."""
