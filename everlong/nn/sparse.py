@@ -19,6 +19,7 @@ Source    Child et al. 2019, arXiv 1904.10509; Beltagy et al. 2020, arXiv 2004.0
 
 import bisect
 import itertools
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
@@ -77,9 +78,15 @@ class Keys(NamedTuple):
         return [Keys(*parts) for parts in zip(*(x.split_with_sizes(sizes, 1) for x in self), strict=True)]
 
 
-def _joined(parts: list[Keys]) -> Keys:
-    parts = [part for part in parts if part.keys.shape[1]] or parts[:1]
-    return parts[0] if len(parts) == 1 else Keys(*(torch.cat(leaves, 1) for leaves in zip(*parts, strict=True)))
+class _Tile(NamedTuple):
+    """Queries, and the keys that they are read against, from several places."""
+
+    queries: Queries
+    parts: list[Keys]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.queries.places.shape[1], sum(part.places.shape[1] for part in self.parts)
 
 
 @dataclass(frozen=True)
@@ -200,15 +207,28 @@ class _Reader:
             seen, k = seen.index_select(2, index), k.pick(index)
         return self.read(q, k, seen)
 
-    def tile(self, q: Queries, parts: list[Keys], with_lse: bool) -> Result:
-        """These queries against keys from several places."""
-        k = _joined(parts)
-        return self.read(q, k, self.pattern.visible(q.places, k.places), with_lse=with_lse)
+    def together(self, tiles: list["_Tile"], with_lse: bool) -> Result:
+        """Tiles of one shape as a batch."""
+        batch = len(tiles[0].queries.vectors)
+        parts = [Keys(*(torch.cat(leaves, 1) for leaves in zip(*tile.parts, strict=True))) for tile in tiles]
+        q = Queries(*(torch.cat(leaves) for leaves in zip(*(tile.queries for tile in tiles), strict=True)))
+        k = Keys(*(torch.cat(leaves) for leaves in zip(*parts, strict=True)))
+        o, lse = self.read(q, k, self.pattern.visible(q.places, k.places), with_lse=with_lse)
+
+        def neighbours(x: Tensor) -> Tensor:
+            return x if len(tiles) == 1 else torch.cat(x.split_with_sizes([batch] * len(tiles)), 1)
+
+        return neighbours(o), None if lse is None else neighbours(lse)
 
     def read(self, q: Queries, k: Keys, seen: Bool[Tensor, "rows T S"], *, with_lse: bool = False) -> Result:
         """These queries against these keys."""
-        mask = None if bool(seen.all()) else seen[:, None]
-        bias = None if self.bias is None else self.bias(q.positions, k.positions)
+
+        def of_all(x: Tensor) -> Tensor:
+            """A row for each sequence where several tiles have one for all of theirs."""
+            return x if len(x) == 1 else x.repeat_interleave(len(q.vectors) // len(x), 0)
+
+        mask = None if bool(seen.all()) else of_all(seen)[:, None]
+        bias = None if self.bias is None else of_all(self.bias(q.positions, k.positions))
         return self.call(q.vectors, k.keys, k.values, with_lse, causal=False, mask=mask, bias=bias)
 
     def call(
@@ -269,25 +289,28 @@ class _Reader:
         near = k.pick(torch.cat([torch.arange(*span, device=index.device) for span in spans]))
         queries = q.split([high - low for low, high in itertools.pairwise(edges)])
         tiles = []
-        for keys, (first, last) in zip(near.split([last - first for first, last in spans]), spans, strict=True):
+        for query, keys, (first, last) in zip(
+            queries, near.split([last - first for first, last in spans]), spans, strict=True
+        ):
             before, after = bisect.bisect_left(columns, first), bisect.bisect_left(columns, last)
-            tiles.append([others.part(0, before), keys, *([] if rule.causal else [others.part(after, None)])])
-        scores = sum(
-            query.places.shape[1] * sum(part.keys.shape[1] for part in parts)
-            for query, parts in zip(queries, tiles, strict=True)
-        )
-        once_more = scores > LIMIT and torch.is_grad_enabled()
-        results = [
-            checkpoint(self.tile, *tile, with_lse, use_reentrant=False, preserve_rng_state=False)
-            if once_more
-            else self.tile(*tile, with_lse)
-            for tile in zip(queries, tiles, strict=True)
-        ]
+            sides = [others.part(0, before), keys, *([] if rule.causal else [others.part(after, None)])]
+            tiles.append(_Tile(query, [side for side in sides if side.places.shape[1]] or [keys]))
+        once_more = sum(math.prod(tile.shape) for tile in tiles) > LIMIT and torch.is_grad_enabled()
+        results = []
+        for shape, alike in itertools.groupby(tiles, lambda tile: tile.shape):
+            group = list(alike)
+            count = max(1, LIMIT // max(1, math.prod(shape)))  # of tiles that are together
+            for few in (group[start : start + count] for start in range(0, len(group), count)):
+                if once_more:
+                    result = checkpoint(self.together, few, with_lse, use_reentrant=False, preserve_rng_state=False)
+                else:
+                    result = self.together(few, with_lse)
+                results.append(result)
         return joined(results, 1)
 
     def _edges(self, start: int, stop: int, others: int) -> list[int]:
         """The places at which a tile begins, and the end."""
-        rule, wide = self.pattern, max(FEW, others // 8)  # that many more are copied for each tile
+        rule, wide = self.pattern, max(FEW, others // 4)  # that many more are copied for each tile
         if rule.near == "block":  # a tile is a block or several whole ones
             step = rule.stride * max(1, wide // rule.stride)
             return [start, *range((start // step + 1) * step, stop, step), stop]
