@@ -11,7 +11,7 @@ Forms     mask        all queries at once against the keys that any of them sees
           tiles       near, summaries and global keys: tiles of neighbouring queries, each against what it reaches
           classes     multiples: tokens whose places leave the same remainder are a sequence of their own
 
-Work      of T queries:  T w for a window w;  T (l + c T / l) for blocks of l with c summaries;  T (l + T / l) for a
+Work      of T queries: T w for a window w;  T (l + c T / l) for blocks of l with c summaries;  T (l + T / l) for a
           window l and multiples of l;  T g for g global tokens; each up to a factor of 2 or so
 Memory    O(T) and a mask of the scores of all tiles, or of one tile where these are more than LIMIT
 Source    Child et al. 2019, arXiv 1904.10509; Beltagy et al. 2020, arXiv 2004.05150
@@ -22,7 +22,8 @@ import itertools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Literal, NamedTuple
+from functools import partial
+from typing import Any, Literal, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -239,14 +240,14 @@ class _Reader:
         with_lse: bool,
         *,
         causal: bool,
-        mask: Tensor | None,
-        bias: Tensor | Bias | None,
+        window: int | None = None,
+        mask: Tensor | None = None,
+        bias: Tensor | Bias | None = None,
     ) -> Result:
-        if with_lse:
-            return softmax_attention(
-                q, k, v, causal=causal, mask=mask, bias=bias, scale=self.scale, form=self.form, return_lse=True
-            )
-        return softmax_attention(q, k, v, causal=causal, mask=mask, bias=bias, scale=self.scale, form=self.form), None
+        run: Callable[..., Any] = partial(
+            softmax_attention, causal=causal, window=window, mask=mask, bias=bias, scale=self.scale, form=self.form
+        )
+        return run(q, k, v, return_lse=True) if with_lse else (run(q, k, v), None)
 
     def tiled(self, q: Queries, k: Keys) -> Float[Tensor, "N T H V"]:
         """Queries of the same places in every row."""
@@ -259,7 +260,10 @@ class _Reader:
         q = q.part(count, None)
         in_classes = rule.far == "multiples"
         in_tiles = rule.near is not None or rule.far == "summaries" or rule.global_tokens > 0
-        if not in_tiles and not in_classes:
+        length = k.keys.shape[1]
+        # Two results that are merged need their sums as well, which costs about three times as much.
+        merging = 3 * (2 * rule.window + rule.global_tokens + length // rule.stride)
+        if in_tiles == in_classes and (not in_tiles or length <= merging):
             o = self.at_once(q, k)[0]
         elif not in_classes:
             o, _ = self.tiles(q, k, with_lse=False)
@@ -280,6 +284,8 @@ class _Reader:
         if rule.far == "summaries":
             apart = apart | rule._summarises(places)
         index = apart.nonzero()[:, 0]
+        if rule.near == "window" and self.bias is None and not len(index):
+            return self.call(q.vectors, k.keys, k.values, with_lse, causal=rule.causal, window=rule.window)
         others, columns = k.pick(index), index.tolist()
         start = int(q.places[0, 0])
         stop = start + q.vectors.shape[1]
