@@ -7,6 +7,7 @@ turned, or as what is computed of them: `read` gives them as the trainer has the
 norm of the heads; here it is 64e-5, as in the authors' own program. The ids of the tiny models of its tests are bytes.
 """
 
+import math
 import mmap
 import re
 import struct
@@ -358,7 +359,7 @@ def _is_zip(path: Path) -> bool:
 
 
 _MAGIC = struct.pack("<i", 0x67676D66)
-_TYPES: dict[int, tuple[str, type[np.generic]]] = {0: ("FP32", np.float32), 1: ("FP16", np.float16)}
+_TYPES: dict[int, type[np.generic]] = {0: np.float32, 1: np.float16}
 _QUANTISED = {2: "Q4_0", 3: "Q4_1", 7: "Q5_0", 8: "Q5_1", 9: "Q8_0"}
 
 
@@ -386,20 +387,19 @@ def _tensors(path: Path) -> Iterator[tuple[str, Tensor]]:
             if not (1 <= axes <= 4 and 1 <= length <= 256):
                 raise ValueError(f"{path} is damaged before byte {place:,}: no tensor begins there. Copy it again")
             sizes = struct.unpack(f"<{axes}i", take(4 * axes, "a tensor's sizes"))
-            name = take(length, "a tensor's name").decode("utf-8", errors="replace")
+            name = take(length, "a tensor's name").decode("latin-1")
+            if not re.fullmatch(r"[\w.]+", name, re.ASCII):
+                raise ValueError(f"{path} is damaged before byte {place:,}: no tensor has that name. Copy it again")
             if kind in _QUANTISED:
                 raise ValueError(
                     f"{path} is quantised ({_QUANTISED[kind]}): convert the .pth to FP16 or FP32 for it, or read that"
                 )
             if kind not in _TYPES or min(sizes) < 1 or name in names:
                 raise ValueError(f"{path} is damaged at the tensor {name!r} before byte {place:,}. Copy it again")
-            count = 1
-            for size in sizes:
-                count *= size
-            dtype = np.dtype(_TYPES[kind][1]).newbyteorder("<")
-            values = np.frombuffer(take(count * dtype.itemsize, f"the tensor `{name}`"), dtype=dtype)
+            dtype = np.dtype(_TYPES[kind]).newbyteorder("<")
+            values = np.frombuffer(take(math.prod(sizes) * dtype.itemsize, f"the tensor `{name}`"), dtype=dtype)
             names.add(name)
-            yield name, torch.from_numpy(values.reshape(sizes[::-1]).astype(_TYPES[kind][1]))
+            yield name, torch.from_numpy(values.reshape(sizes[::-1]).astype(_TYPES[kind]))
             if name == "emb.weight" and sizes != (width, vocab):
                 raise ValueError(
                     f"{path} is damaged: its header and its embedding are of different sizes. Copy it again"
@@ -420,9 +420,9 @@ def _untwisted(weights: Weights, path: Path) -> Weights:
             for label, row in zip("rwkvag", value, strict=True):
                 found[name.replace("rwkvag", label)] = row.reshape(1, 1, -1)
             continue
-        if part == "time_maa_w2":
+        if part == "time_maa_w2" and value.dim() == 3:
             value = value.mT
-        elif kind in ("6", "7") and re.fullmatch(r"(time_maa_|time_decay_|)[wavg][12]", part):
+        elif kind in ("6", "7") and re.fullmatch(r"(time_maa_|time_decay_|)[wavg][12]", part) and value.dim() == 2:
             value = value.T
         elif part == "time_decay" and kind in ("4", "5.2"):  # the rate, negative, or the factor of a step
             rate = -value.double() if kind == "4" else -value.double().clamp(1e-38, 1 - 2**-26).log()

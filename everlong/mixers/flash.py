@@ -30,8 +30,9 @@ from torch.nn import functional as F
 from everlong.config import config
 from everlong.mixers.base import Context, Cost, Mixer, Traits, unpadded
 from everlong.nn import positions
-from everlong.nn.gated import GatedOptions, OffsetScale, PairEncoding, attend, make_norm, weigh
+from everlong.nn.gated import GatedOptions, OffsetScale, PairEncoding, Weights, attend, make_norm, weigh
 from everlong.nn.ragged import Groups
+from everlong.ops.scoring import uncompiled
 
 
 class State(NamedTuple):
@@ -56,17 +57,20 @@ class Tokens(NamedTuple):
     where: Int[Tensor, "M T"]
 
     def part(self, start: int, stop: int) -> "Tokens":
-        return Tokens(*(y[:, start:stop] for y in self))
+        return Tokens._make(y[:, start:stop] for y in self)
 
     def chunks(self, size: int) -> "Tokens":
         """Whole chunks as rows of their own."""
-        return Tokens(*(y.reshape(-1, size, *y.shape[2:]) for y in self))
+        return Tokens._make(y.reshape(-1, size, *y.shape[2:]) for y in self)
 
 
 @config
 class Options(GatedOptions):
     """Options of FLASH."""
 
+    weights: Weights = "relu2_n2"
+    """Of pairs of a chunk, with n = C: relu2_n2 as in the paper, relu2_ns, relu2_n2_bias, laplace, softmax or
+    softmax_plus."""
     chunk: int = 256
     """C: tokens of a chunk, counted from the start of the text."""
     linear_divisor: Literal["visible", "chunk"] = "visible"
@@ -128,12 +132,13 @@ class Flash(Mixer):
         normed = self.norm(x)
         u, v, z = (F.silu(project(normed)) for project in (self.gate, self.v, self.z))
         heads = self.position.rotate(self.heads(z), where).to(v.dtype)
-        tokens = Tokens(*heads.unbind(-2), v, where.expand(len(v), -1))
-        if not x.shape[1]:
+        tokens = Tokens._make([*heads.unbind(-2), v, where.expand(len(v), -1)])
+        if not x.numel():
             return x, past
         counted = context.positions is None if fresh else None
         if self.config.causal:
-            o, state = self._causal(tokens, past, context, counted)
+            # Which parts there are depends on numbers in the state, of which torch.compile knows nothing.
+            o, state = uncompiled(self._causal)(tokens, past, context, counted)
         else:
             o, state = self._bidirectional(tokens, context), past._replace(length=context.lengths(x))
         return self.o(u * o), state
@@ -152,11 +157,13 @@ class Flash(Mixer):
         batches = (groups.batches(y.reshape(1, -1, *y.shape[2:])) for y in tokens)
         outputs, states = [], []
         for group, *batch in zip(groups.members, *batches, strict=True):
-            own = State(*(leaf[group] for leaf in state))
-            o, own = self._continue(Tokens(*batch), own, places[group[0]], form, counted)
+            own = State._make(leaf[group] for leaf in state)
+            o, own = self._continue(Tokens._make(batch), own, places[group[0]], form, counted)
             outputs.append(o)
             states.append(own)
-        return groups.row(outputs).view_as(tokens.v), State(*(groups.rows(leaf) for leaf in zip(*states, strict=True)))
+        return groups.row(outputs).view_as(tokens.v), State._make(
+            groups.rows(leaf) for leaf in zip(*states, strict=True)
+        )
 
     def _continue(
         self, tokens: Tokens, state: State, place: int, form: str, counted: bool | None
@@ -194,8 +201,8 @@ class Flash(Mixer):
         pending = state.pending + (tokens.linear_k.mT @ tokens.v).to(kind)
         memory, length = state.memory, state.length + tokens.v.shape[1]
         if filled == self.config.chunk:
-            none = (torch.zeros_like(y) for y in (pending, *state[2:5]))
-            return o, State(memory + pending, *none, length)
+            none = [torch.zeros_like(y) for y in (pending, *state[2:5])]
+            return o, State._make([memory + pending, *none, length])
         free = self.config.chunk - 1 - filled
         keys, values = (F.pad(y.to(kind), (0, 0, 0, free)) for y in (keys, values))
         where = F.pad(where, (0, free)) if self.position.biased else where
@@ -209,7 +216,8 @@ class Flash(Mixer):
         rows = tokens.chunks(size)
         where = rows.where if self.position.biased else rows.where[:, :0]
         o = self._attend(rows, rows.k, rows.v, where, form, counted)
-        sums = (rows.linear_k.mT @ rows.v).to(state.memory.dtype).unflatten(0, (batch, -1))
+        sums = (rows.linear_k.mT @ rows.v).to(state.memory.dtype)
+        sums = sums.view(batch, -1, *sums.shape[1:])
         count = sums.shape[1]
         # Sum by sum: torch's cumsum over an outer axis goes through memory a number at a time.
         *before, memory = itertools.accumulate(sums.unbind(1), initial=state.memory)
@@ -249,7 +257,7 @@ class Flash(Mixer):
             return self._both_ways(tokens, form, counted)
         groups = Groups(context.cu_seqlens.diff().tolist())
         batches = zip(*(groups.batches(y) for y in tokens), strict=True)
-        return groups.row([self._both_ways(Tokens(*batch), form, counted) for batch in batches])
+        return groups.row([self._both_ways(Tokens._make(batch), form, counted) for batch in batches])
 
     def _both_ways(self, tokens: Tokens, form: str, counted: bool) -> Float[Tensor, "M T E"]:
         """Whole sequences of one length."""

@@ -141,7 +141,7 @@ class GatedDeltaNet(Mixer):
         step: Tensor = F.softplus(exact(self.step(x)) + self.step_bias)
         if self.config.decay == "head":
             return -self.log_rate.exp() * step
-        return -self.log_rate.exp()[:, None] * step.view(*step.shape[:-1], self.config.heads, -1)
+        return -self.log_rate.exp()[:, None] * step.view(*step.shape[:-1], self.config.heads, self.config.head_keys)
 
     def opened(self, x: Float[Tensor, "*B D"]) -> Float[Tensor, "*B HV"]:
         """The gate of the output."""

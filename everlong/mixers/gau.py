@@ -1,8 +1,8 @@
 """The gated attention unit: attention of one head and a gated feed-forward as one layer, the whole branch of its block.
 
-    x~_t = norm(x_t)        u_t, v_t = silu(W_u x~_t), silu(W_v x~_t)        z_t = silu(W_z x~_t)          (section 3.1)
+    x~_t = norm(x_t)        u_t, v_t = silu(W_u x~_t), silu(W_v x~_t)        z_t = silu(W_z x~_t)          (section 2)
     q_t = gamma_q z_t + beta_q        k_t = gamma_k z_t + beta_k
-    y_t = W_o [ u_t * sum_s a_ts v_s ],    a_ts = relu(q_t^T k_s / n_t + b(s - t))^2                       (eq. 3, 6)
+    y_t = W_o [ u_t * sum_s a_ts v_s ],    a_ts = relu(q_t^T k_s / n_t + b(s - t))^2                       (section 2)
 
 Other weights a_ts are a choice of `weights`: they stand at the top of nn/gated.py. A block adds y to its stream and has
 neither norm nor feed-forward: two such layers have about the weights of one of attention with its feed-forward.

@@ -1,8 +1,9 @@
 """Linformer: softmax attention to a fixed number of slots, into which the whole text has been projected.
 
-    o_t = sum_i softmax_i(q_t^T kbar_i / sqrt(K)) vbar_i,   kbar_i = sum_s E_is k_s,   vbar_i = sum_s F_is v_s   (eq. 7)
+    o_t = sum_i softmax_i(q_t^T kbar_i / sqrt(K)) vbar_i                                     (eq. 7)
+    kbar_i = sum_s E_is k_s        vbar_i = sum_s F_is v_s
 
-E and F act along the text, on keys and values with their biases: a row for every slot, a column for every place.
+E and F act along the text, on keys and values with their biases: a row of each for every slot, a column for each place.
 What projects may also be a mean, a maximum or a learned convolution over windows as wide as their stride,
 `length` / `slots` tokens (section 4, "General projections").
 
@@ -118,18 +119,18 @@ class Linformer(Mixer):
         chosen = self._chosen(context)
         q, k, v = (project(x).unflatten(-1, (c.heads, -1)) for project in (self.q, self.k, self.v))
         if context.cu_seqlens is None or not x.shape[1]:
-            o = self._read(q, k, v, chosen, context.form)
+            o = self._read(q, k, v, chosen=chosen, form=context.form)
         else:
             groups = Groups(lengths.tolist())
-            batches = zip(groups.batches(q), groups.batches(k), groups.batches(v), strict=True)
-            o = groups.row([self._read(*batch, chosen, context.form) for batch in batches])
+            batches = zip(*(groups.batches(y) for y in (q, k, v)), strict=True)
+            o = groups.row([self._read(*batch, chosen=chosen, form=context.form) for batch in batches])
         return self.o(o.flatten(-2)), State(lengths)
 
     def _chosen(self, context: Context) -> list[Tensor]:
         """E and F, or what there is of them: the layer's own or those of the first."""
         c, own = self.config, list(self.projections)
         if c.sharing == "layerwise" and context.first is not None:
-            context.first.update(dict.fromkeys([OFFER], own[0]) if own else {})
+            context.first.update(zip([OFFER], own, strict=False))
         if c.sharing != "borrowed" or c.projection in ("mean", "max"):
             return own
         offered = (context.first or {}).get(OFFER)
@@ -137,8 +138,8 @@ class Linformer(Mixer):
         if offered is None or tuple(offered.shape) != expected:
             found = "there is none" if offered is None else f"it has {list(offered.shape)} and not {list(expected)}"
             raise ValueError(
-                f"a `linformer` layer of sharing=layerwise takes the projection of the first layer, but {found}. "
-                "Make the first layer one with the same `length`, `slots` and `projection`, or take sharing=key_value"
+                f"layerwise sharing of `linformer` takes the projection of the model's first layer, but {found}: make "
+                "the first layer one with the same `length`, `slots` and `projection`, or take sharing=key_value"
             )
         return [offered]
 
@@ -147,6 +148,7 @@ class Linformer(Mixer):
         q: Float[Tensor, "M T H K"],
         k: Float[Tensor, "M T H K"],
         v: Float[Tensor, "M T H K"],
+        *,
         chosen: list[Tensor],
         form: str,
     ) -> Float[Tensor, "M T H K"]:
@@ -157,26 +159,26 @@ class Linformer(Mixer):
 
     def _project(self, x: Float[Tensor, "M T H K"], weight: Tensor | None) -> Float[Tensor, "M slots H K"]:
         """Keys or values along the text."""
-        shape, length, stride = x.shape[2:], x.shape[1], self.config.stride
+        (batch, length), stride = x.shape[:2], self.config.stride
         heads = 1 if weight is None else len(weight)
-        x = x.reshape(*x.shape[:2], heads, -1)
+        parts = x.reshape(batch, length, heads, self.config.width // heads)
         if self.config.projection == "learned":
             assert weight is not None
-            return (weight[..., :length] @ x.transpose(1, 2)).transpose(1, 2).reshape(len(x), -1, *shape)
-        missing = -length % stride
+            slots = torch.matmul(weight[..., :length], parts.transpose(1, 2)).transpose(1, 2)
+            return slots.reshape(batch, self.config.slots, *x.shape[2:])
+        count, missing = -(-length // stride), -length % stride
         empty = -torch.inf if self.config.projection == "max" else 0.0
-        windows = F.pad(x, (0, 0, 0, 0, 0, missing), value=empty)
-        windows = windows.view(len(x), -1, stride, *windows.shape[2:]).transpose(2, 3)
+        parts = F.pad(parts, (0, 0, 0, 0, 0, missing), value=empty)
+        windows = parts.view(batch, count, stride, *parts.shape[2:]).transpose(2, 3)
         if self.config.projection == "max":
             slots = windows.amax(3)
         elif weight is not None:
-            slots = (weight[:, None] @ windows).squeeze(3)
+            slots = torch.matmul(weight[:, None], windows)
         else:
-            count = torch.full((windows.shape[1],), stride, dtype=x.dtype, device=x.device)
-            count[-1:] -= missing
-            slots = windows.sum(3) / count[:, None, None]
-        read: Tensor = slots.reshape(len(x), -1, *shape)
-        return read
+            tokens = torch.full((count,), stride, dtype=x.dtype, device=x.device)
+            tokens[-1:] -= missing
+            slots = windows.sum(3) / tokens[:, None, None]
+        return slots.reshape(batch, count, *x.shape[2:])
 
     @classmethod
     def cost(cls, config: Options, length: int) -> Cost:
@@ -193,22 +195,22 @@ class Linformer(Mixer):
     def reference(self, x: Float[Tensor, "T D"]) -> Float[Tensor, "T D"]:
         c, stride, own = self.config, self.config.stride, self._chosen(Context())
         q, k, v = (project(x).unflatten(-1, (c.heads, -1)) for project in (self.q, self.k, self.v))
+
+        def slots(y: Tensor, h: int, which: int) -> Tensor:
+            rows = []
+            for i in range(c.slots if c.projection == "learned" else -(-len(x) // stride)):
+                window = y if c.projection == "learned" else y[i * stride : (i + 1) * stride]
+                if own:
+                    weight = own[which][h if c.sharing == "none" else 0]
+                    row = weight[i] if c.projection == "learned" else weight
+                    rows.append(torch.stack([row[s] * y_s for s, y_s in enumerate(window)]).sum(0))
+                else:
+                    rows.append(window.mean(0) if c.projection == "mean" else window.amax(0))
+            return torch.stack(rows)
+
         outputs = []
         for h in range(c.heads):
-            slots = []
-            for y, which in ((k[:, h], 0), (v[:, h], -1)):
-                weight = own[which][h if c.sharing == "none" else 0] if own else x.new_empty(0)
-                rows: list[Tensor] = []
-                for i in range(c.slots if c.projection == "learned" else -(-len(x) // stride)):
-                    window = y[i * stride : (i + 1) * stride]
-                    if c.projection == "learned":
-                        rows.append(torch.stack([weight[i, s] * y[s] for s in range(len(x))]).sum(0))
-                    elif c.projection == "convolution":
-                        rows.append(torch.stack([weight[j] * y_s for j, y_s in enumerate(window)]).sum(0))
-                    else:
-                        rows.append(window.mean(0) if c.projection == "mean" else window.amax(0))
-                slots.append(torch.stack(rows))
-            keys, values = slots
-            outputs.append([torch.softmax(keys @ q_t / c.head_size**0.5, 0) @ values for q_t in q[:, h]])
-        mixed: Tensor = self.o(torch.stack([torch.cat(heads) for heads in zip(*outputs, strict=True)]))
-        return mixed
+            keys, values = slots(k[:, h], h, 0), slots(v[:, h], h, -1)
+            outputs.append(torch.stack([torch.softmax(keys @ q_t / c.head_size**0.5, 0) @ values for q_t in q[:, h]]))
+        y: Tensor = self.o(torch.cat(outputs, 1))
+        return y

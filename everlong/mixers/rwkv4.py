@@ -135,9 +135,9 @@ class RWKV4(Mixer):
             last = row
             keys.append(to_k @ self.k.weight.T)
             values.append(to_v @ self.v.weight.T)
-            age = torch.arange(t - 1, -1, -1, dtype=x.dtype)[:, None]
+            age = (t - 1 - torch.arange(t + 1, dtype=x.dtype)).clamp_min(0)[:, None]
             k, v = torch.cat([*keys[:t], keys[t] + self.bonus]), torch.cat(values)
-            weights = (k - torch.cat([age, torch.zeros_like(age[:1]) if t else k.new_zeros(1, 1)]) * rate).softmax(0)
+            weights = (k - age * rate).softmax(0)
             wkv = (weights * v).sum(0, keepdim=True)
             outputs.append((torch.sigmoid(to_gate @ self.gate.weight.T) * wkv) @ self.o.weight.T)
         mixed = stream + torch.cat(outputs)

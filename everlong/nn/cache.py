@@ -51,9 +51,8 @@ def append_ragged(
         dim=1,
     )
     longest = int((kept + lengths).max()) if len(lengths) else 0
-    order = real.int().argsort(dim=1, stable=True)[
-        :, old + fresh - longest :
-    ]  # the gap between the two moves to the front
+    order = real.int().argsort(dim=1, stable=True)  # the gap between the two moves to the front
+    order = order[:, old + fresh - longest :]
 
     def joined(before: Tensor, after: Tensor) -> Tensor:
         index = order.view(*order.shape, *(1,) * (after.dim() - 2)).expand(-1, -1, *after.shape[2:])

@@ -99,7 +99,8 @@ class ScaleNorm(nn.Module):
 
     def forward(self, x: Float[Tensor, "*B D"]) -> Float[Tensor, "*B D"]:
         size = torch.linalg.vector_norm(exact(x), dim=-1, keepdim=True) * x.shape[-1] ** -0.5
-        return x * (self.weight / size.clamp_min(self.eps)).to(x.dtype)
+        y: Tensor = x * (self.weight / size.clamp_min(self.eps)).to(x.dtype)
+        return y
 
 
 def make_norm(norm: Norm, width: int) -> nn.Module:

@@ -73,7 +73,10 @@ class _Blended(torch.autograd.Function):
 
 
 class LowRank(nn.Module):
-    """base + W_up f(W_down x): a vector for all tokens and what a token adds to it. The sum is in float32 at least."""
+    """base + W_up f(W_down x): a vector for all tokens and what a token adds to it. The sum is in float32 at least.
+
+    `down` starts near the trainer's 0: at 0 what tunes `up` from outside, such as LoRA, would be given no gradient.
+    """
 
     def __init__(
         self,
@@ -88,7 +91,7 @@ class LowRank(nn.Module):
         self.down = nn.Linear(width, rank, bias=False)
         self.up = nn.Linear(rank, width, bias=False)
         self.base = None if base is None else nn.Parameter(base)
-        nn.init.zeros_(self.down.weight)
+        nn.init.uniform_(self.down.weight, -0.01, 0.01)
         orthogonal(self.up, 0.1)
 
     def forward(self, x: Float[Tensor, "B T D"]) -> Float[Tensor, "B T D"]:

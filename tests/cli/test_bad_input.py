@@ -35,7 +35,7 @@ COMMANDS = {
     "bench decode --only nothing": "no measure contains `nothing`. There is: time per token, ",
     "explain": "needs `NAME`",
     "explain ''": "`NAME` must not be empty",
-    "explain mambo": "`mambo` is no mixer and no folder. Nearest: `mamba2`. The mixers are: attention, ",
+    "explain mambo": "`mambo` is no mixer and no folder. Nearest: `mamba`. The mixers are: attention, ",
     "explain text.txt": "text.txt is no run: it is a file",
     "explain folder": "folder is no run: it has no config.json",
     "explain data": "data is no run: it is prepared data. `everlong train --data data --mixer NAME --out RUN`",
@@ -117,7 +117,7 @@ PREPARE = {
 }
 
 LAYERS = {
-    "--mixer mambo": "unknown mixer `mambo`. Nearest: `mamba2`. There is: attention, ",
+    "--mixer mambo": "unknown mixer `mambo`. Nearest: `mamba`. There is: attention, ",
     "--mixer ''": "`--mixer` must not be empty",
     "--layers ''": "`--layers` must not be empty",
     "--layers ,": "needs `--mixer NAME` or `--layers a,b,...`",
@@ -218,7 +218,7 @@ RUNS = {
     "no-json": "no-json/config.json is no JSON",
     "listed": "listed/config.json must be a JSON object: got [1]",
     "transformer": "transformer/config.json describes a `gpt2` model: a run of everlong is needed",
-    "unknown-mixer": "unknown-mixer/config.json describes no model: unknown mixer `mambo`. Nearest: `mamba2`",
+    "unknown-mixer": "unknown-mixer/config.json describes no model: unknown mixer `mambo`. Nearest: `mamba`",
     "unknown-key": "unknown option of ModelConfig `widht`. Nearest: `width`",
     "worded": "`width` of ModelConfig must be a whole number: got 'wide'",
     "numbered": "`layers.0` of ModelConfig must be a text or a mapping: got 7",

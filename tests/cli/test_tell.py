@@ -88,8 +88,8 @@ def test_explain_a_run(told, tmp_path, tied):
 @pytest.mark.parametrize(
     ("name", "line"),
     [
-        ("mamba", "`mamba` is no mixer and no folder. Nearest: `mamba2`. The mixers are: attention, "),
-        ("no/folder", "`no/folder` is no mixer and no folder. The mixers are: "),
+        ("mamba3", "`mamba3` is no mixer and no folder. Nearest: `mamba`. The mixers are: attention, "),
+        ("runs/x", "`runs/x` is no mixer and no folder. The mixers are: "),
         ("everlong.config:config", "`everlong.config:config` is not derived from everlong.mixers.Mixer"),
         ("nothing.there:X", "mixer `nothing.there:X` cannot be loaded: No module named 'nothing'"),
     ],

@@ -358,7 +358,8 @@ def test_lora_attaches_trains_and_merges(run, tmp_path, targets):
     linear = {name for name, part in model.named_modules() if isinstance(part, torch.nn.Linear)} - {"head"}
     tuned = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=targets, task_type="CAUSAL_LM"))
     layers = [name for name, part in tuned.named_modules() if hasattr(part, "lora_A")]
-    assert len(layers) == (len(linear) if targets == "all-linear" else 2 * model.config.num_layers)
+    called = [name for name in linear if targets == "all-linear" or name.rpartition(".")[2] in targets]
+    assert len(layers) == len(called) > 0
     ids = tokens(2, 20)
     optimizer = torch.optim.Adam([p for p in tuned.parameters() if p.requires_grad], lr=1e-2)
     losses = []

@@ -131,6 +131,17 @@ def test_no_target_is_no_loss():
     assert model.loss(torch.zeros(1, 4, dtype=torch.long), torch.full((1, 4), -1)).item() == 0.0
 
 
+@pytest.mark.parametrize("block", ["pre", "post", "parallel"])
+@pytest.mark.parametrize("norm", ["rms", "layer"])
+def test_norms_are_of_the_kind_asked_for_and_counted(block, norm):
+    model = build(block=block, norm=norm)
+    assert model.cost(3).parameters == sum(parameter.numel() for parameter in model.parameters())
+    tokens = torch.randint(61, (2, 9))
+    before = model.hidden(tokens)[0]
+    torch.testing.assert_close(before.square().mean(-1), torch.ones(2, 9).double(), atol=1e-3, rtol=1e-3)
+    assert (before.mean(-1).abs().max() < 1e-9) == (norm == "layer")
+
+
 def test_config_survives_json():
     config = build().config
     assert from_dict(ModelConfig, to_dict(config)) == config

@@ -54,15 +54,17 @@ def renewed(page: str, rows: Rows) -> str:
     """The page with each of its tables made from these rows.
 
     Raises:
-        ValueError: the page has no place for one of them.
+        ValueError: the page has no place for any of them.
     """
+    found = 0
     for name, table in TABLES.items():
         begin, made = f"<!-- {name} -->", table(rows)
-        page, found = re.subn(
-            f"{begin}.*?<!-- end -->", lambda _, t=made, b=begin: f"{b}\n{t}<!-- end -->", page, flags=re.S
-        )
-        if found != 1:
-            raise ValueError(f"a page has one place for a table, {begin} ... <!-- end -->: got {found}")
+        pattern, whole = f"{begin}.*?<!-- end -->", f"{begin}\n{made}<!-- end -->"
+        page, here = re.subn(pattern, lambda _, text=whole: text, page, flags=re.S)
+        found += here
+    if not found:
+        places = " or ".join(f"<!-- {name} --> ... <!-- end -->" for name in TABLES)
+        raise ValueError(f"the page has no place for a table, {places}")
     return page
 
 

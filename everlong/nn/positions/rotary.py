@@ -148,7 +148,8 @@ class Rope(PositionEncoding):
         if self.options.layout == "half":
             turned = turn(turning, cos, sin)
         else:
-            turned = turn(halves(turning), cos, sin).view(*turning.shape[:-1], 2, -1).mT.flatten(-2)
+            turned = turn(halves(turning), cos, sin)
+            turned = turned.view(*turned.shape[:-1], 2, self.turning // 2).mT.flatten(-2)
         if rest.shape[-1]:
             turned = torch.cat([turned, rest], dim=-1)
         return turned
@@ -178,5 +179,4 @@ def waves(
 
 def halves(x: Float[Tensor, "B T H K"]) -> Float[Tensor, "B T H K"]:
     """Neighbours 2i and 2i + 1 put to i and i + K / 2, where `turn` finds them."""
-    pairs = x.reshape(*x.shape[:-1], -1, 2)
-    return pairs.mT.flatten(-2)
+    return x.reshape(*x.shape[:-1], x.shape[-1] // 2, 2).mT.flatten(-2)

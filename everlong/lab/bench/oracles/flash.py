@@ -1,5 +1,6 @@
 """FLASH against FLASH-pytorch's layer, and with the divisor of earlier chunks that is its own as a dense matrix."""
 
+import importlib
 from collections.abc import Iterator
 
 import torch
@@ -28,19 +29,16 @@ def comparisons() -> Iterator[Comparison]:
 def _lucidrains(
     length: int, *, causal: bool, norm: str = "layer", laplace: bool = False, divisor: str = "chunk"
 ) -> Comparison:
-    from flash_pytorch.flash_pytorch import FLASH, ScaleNorm
-    from rotary_embedding_torch import RotaryEmbedding
-
-    turning = 6
-    rotation = RotaryEmbedding(dim=turning)
-    theirs = FLASH(
+    package, turning = importlib.import_module("flash_pytorch.flash_pytorch"), 6
+    rotation = importlib.import_module("rotary_embedding_torch").RotaryEmbedding(dim=turning)
+    theirs = package.FLASH(
         dim=WIDTH,
         group_size=16,
         query_key_dim=SIZE,
         causal=causal,
         rotary_pos_emb=rotation,
         laplace_attn_fn=laplace,
-        norm_klass=ScaleNorm if norm == "scale" else torch.nn.LayerNorm,
+        norm_klass=package.ScaleNorm if norm == "scale" else torch.nn.LayerNorm,
     ).double()
     # Theirs has its frequencies in float32.
     rotation.freqs.data = 10_000 ** (-torch.arange(0, turning, 2, dtype=torch.float64) / turning)

@@ -1,7 +1,9 @@
 """The gated attention unit against FLASH-pytorch's, and against the formulas as dense matrices where it has others."""
 
+import importlib
 import math
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -27,17 +29,16 @@ def comparisons() -> Iterator[Comparison]:
 
 
 def _lucidrains(length: int, *, causal: bool, norm: str = "layer", laplace: bool = False) -> Comparison:
-    from flash_pytorch.flash_pytorch import GAU, ScaleNorm
-
-    theirs = GAU(
+    package = importlib.import_module("flash_pytorch.flash_pytorch")
+    theirs = package.GAU(
         dim=WIDTH,
         query_key_dim=SIZE,
         causal=causal,
         laplace_attn_fn=laplace,
-        norm_klass=ScaleNorm if norm == "scale" else nn.LayerNorm,
+        norm_klass=package.ScaleNorm if norm == "scale" else nn.LayerNorm,
     ).double()
     weights = "laplace" if laplace else "relu2_n2_bias"
-    options = {"weights": weights, "position": "t5", "norm": norm, "divisor": length}
+    options: dict[str, Any] = {"weights": weights, "position": "t5", "norm": norm, "divisor": length}
     ours = make("gau", width=WIDTH, key_size=SIZE, causal=causal, bias=True, **options).double()
     copy_weights(ours, theirs)
     theirs.offsetscale.load_state_dict({"gamma": ours.heads.gamma, "beta": ours.heads.beta})
@@ -49,7 +50,7 @@ def _lucidrains(length: int, *, causal: bool, norm: str = "layer", laplace: bool
     return Comparison(label, lambda x: x + ours(x)[0], theirs, x, bound=1e-9)
 
 
-def copy_weights(ours: nn.Module, theirs: nn.Module) -> None:
+def copy_weights(ours: Any, theirs: Any) -> None:
     """The weights around the attention, from theirs; those of the norm from ours."""
     hidden, shared = theirs.to_hidden[0], theirs.to_qk[0]
     out = theirs.to_out[0] if isinstance(theirs.to_out, nn.Sequential) else theirs.to_out

@@ -1,6 +1,8 @@
 """Linformer against the package of that name; what it has not got, by torch's pooling, convolution and attention."""
 
+import importlib
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,10 +30,8 @@ def comparisons() -> Iterator[Comparison]:
 
 
 def _package(length: int, sharing: str) -> Comparison:
-    from linformer import LinformerSelfAttention
-
-    theirs = LinformerSelfAttention(WIDTH, LENGTH, k=SLOTS, heads=HEADS).double()
-    options = {"length": LENGTH, "slots": SLOTS, "sharing": sharing}
+    theirs = importlib.import_module("linformer").LinformerSelfAttention(WIDTH, LENGTH, k=SLOTS, heads=HEADS).double()
+    options: dict[str, Any] = {"length": LENGTH, "slots": SLOTS, "sharing": sharing}
     ours = make("linformer", width=WIDTH, num_heads=HEADS, bias=True, **options).double()
     for own, other in ((ours.q, theirs.to_q), (ours.k, theirs.to_k), (ours.v, theirs.to_v), (ours.o, theirs.to_out)):
         own.weight.data = other.weight.data
@@ -43,8 +43,8 @@ def _package(length: int, sharing: str) -> Comparison:
 
 
 def _by_torch(length: int, **options: str) -> Comparison:
-    shape = {"length": LENGTH, "slots": SLOTS}
-    ours = make("linformer", width=WIDTH, num_heads=HEADS, bias=True, **shape, **options).double()
+    shape: dict[str, Any] = {"length": LENGTH, "slots": SLOTS, **options}
+    ours = make("linformer", width=WIDTH, num_heads=HEADS, bias=True, **shape).double()
     stride = LENGTH // SLOTS
     kind = options.get("projection", "learned")
 
