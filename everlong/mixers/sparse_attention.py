@@ -19,8 +19,8 @@ Cost      FLOPs a token: 4 D K (H + G) for the projections + 4 H K |A_t|; of who
 Source    Child et al. 2019, "Generating Long Sequences with Sparse Transformers", arXiv 1904.10509; Beltagy et al.
           2020, "Longformer", arXiv 2004.05150 (global tokens, with projections of their own); Su 2019,
           kexue.fm/archives/6853
-Deviates  Longformer's window of w tokens, half of them on either side, is `window` = w / 2 + 1 here; its windows have no
-          gaps. Child's near part of `strided` has the token at t - l as well, which is far here
+Deviates  Longformer's window of w tokens, half of them on either side, is `window` = w / 2 + 1 here, and has no gaps;
+          Child's near part of `strided` has the token at t - l as well, which is far here
 """
 
 import dataclasses

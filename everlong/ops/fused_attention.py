@@ -1,6 +1,6 @@
 """Softmax attention out of torch's fused kernels, on blocks for which no mask of T by S is needed.
 
-    bfloat16 on a CPU that has it       products of blocks of our own (ops/product_attention.py), under a mask as well
+    bfloat16 on a CPU that has it       products of blocks of our own (ops/product_attention.py), masked or not
     plain causal, or nothing masked     one call
     sliding window                      bands: blocks of queries, folded into the batch, with the keys they reach
     a window with a mask or a bias      tiles of our own (ops/online_softmax.py)
