@@ -186,14 +186,11 @@ VARIANTS = {
     ],
     "sparse_attention": [
         {"num_heads": 3, "pattern": "window", "window": 5, "global_tokens": 2, "position": "alibi"},
-        {"num_heads": 6, "num_kv_heads": 2, "pattern": "window", "window": 1, "global_tokens": 3, "bias": True},
-        {"num_heads": 2, "pattern": "strided", "stride": 7},
         {"num_heads": 6, "num_kv_heads": 3, "pattern": "strided", "stride": 5, "compose": "heads"},
         {"num_heads": 3, "pattern": "sparse", "stride": 6, "global_tokens": 4, "position": "t5"},
         {"num_heads": 2, "pattern": "atrous", "stride": 3},
         {"num_heads": 2, "stride": 9, "summary": 2, "global_tokens": 10, "global_projections": "own"},
         {"num_heads": 2, "stride": 4, "summary": 3, "compose": "far", "position": "none"},
-        {"num_heads": 2, "pattern": "fixed", "stride": 70, "summary": 1, "compose": "layers"},
         {"num_heads": 3, "pattern": "sparse", "stride": 5, "global_tokens": 3, "causal": False, "position": "alibi"},
         {"num_heads": 2, "stride": 8, "summary": 3, "compose": "heads", "causal": False},
         {

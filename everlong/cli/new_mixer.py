@@ -1,5 +1,6 @@
 """Writes the file of a mixer of your own, which trains as it is."""
 
+import importlib.util
 import inspect
 import keyword
 from pathlib import Path
@@ -56,6 +57,9 @@ def run(arguments: Arguments) -> dict[str, object]:
     name, path = check_name(arguments.name), arguments.out / f"{arguments.name}.py"
     if path.exists():
         raise ValueError(f"`{path}` is there already: choose another name, or remove it")
+    found = importlib.util.find_spec(name)
+    if found is not None and found.origin is not None:  # which is what an import would give in the place of this file
+        raise ValueError(f"`{name}` is a module already, {found.origin}: choose another name")
     check_free(arguments.out)
     arguments.out.mkdir(parents=True, exist_ok=True)
     disk.write(path, skeleton(name).encode())

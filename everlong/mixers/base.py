@@ -229,6 +229,7 @@ def _load_from_outside(name: str) -> type[Mixer]:
     return value
 
 
+@functools.cache
 def default_heads(width: int, size: int = 64) -> int:
     """The number of heads that divides `width` into heads of about `size` channels, an even number if possible."""
     divisors = [n for n in range(1, width + 1) if width % n == 0]

@@ -19,7 +19,8 @@ Cost      FLOPs a token: 4 D K (H + G) for the projections + 4 H K |A_t|; of who
 Source    Child et al. 2019, "Generating Long Sequences with Sparse Transformers", arXiv 1904.10509; Beltagy et al.
           2020, "Longformer", arXiv 2004.05150 (global tokens, with projections of their own); Su 2019,
           kexue.fm/archives/6853
-Deviates  Longformer's window of w tokens, half of them on either side, is `window` = w / 2 + 1 here; no dilation
+Deviates  Longformer's window of w tokens, half of them on either side, is `window` = w / 2 + 1 here, and has no gaps;
+          Child's near part of `strided` has the token at t - l as well, which is far here
 """
 
 import dataclasses
@@ -60,6 +61,7 @@ class Options(HeadOptions):
     num_kv_heads: int | None = None
     """Heads of keys and values, shared by groups of query heads; None: as many as query heads."""
     pattern: Literal["window", "strided", "fixed", "atrous", "sparse"] = "fixed"
+    """Which tokens are seen, by the table above."""
     compose: Literal["union", "heads", "layers", "near", "far"] = "union"
     """Where near and far are: in every head, each in half the heads, each in every other layer; or only one of them."""
     window: int = 64
@@ -201,7 +203,7 @@ class SparseAttention(Mixer):
             and x.shape[1] <= FEW
             and not (self.config.own and bool((start < self.config.global_tokens).any()))
         )
-        if alike or few:
+        if len(start) and (alike or few):
             o, state = self._mix(x, where, start, past, context.form, alike=alike)
         else:
             o, state = self._in_groups(x, where, start, past, context)

@@ -11,27 +11,32 @@ Forms     mask        all queries at once against the keys that any of them sees
           tiles       near, summaries and global keys: tiles of neighbouring queries, each against what it reaches
           classes     multiples: tokens whose places leave the same remainder are a sequence of their own
 
-Work      of T queries:  T w for a window w;  T (l + c T / l) for blocks of l with c summaries;  T (l + T / l) for a
+Work      of T queries: T w for a window w;  T (l + c T / l) for blocks of l with c summaries;  T (l + T / l) for a
           window l and multiples of l;  T g for g global tokens; each up to a factor of 2 or so
+Memory    O(T) and a mask of the scores of all tiles, or of one tile where these are more than LIMIT
 Source    Child et al. 2019, arXiv 1904.10509; Beltagy et al. 2020, arXiv 2004.05150
 """
 
 import bisect
 import itertools
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Literal, NamedTuple
+from functools import partial
+from typing import Any, Literal, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
 
 from everlong.ops import softmax_attention
 from everlong.ops.online_softmax import merge
-from everlong.ops.scoring import Result, uncompiled
+from everlong.ops.scoring import Result, joined, uncompiled
 
 FEW = 64  # queries that are one tile, whatever the pattern
+LIMIT = 1 << 24  # scores beyond which tiles are computed once more in the backward pass
 
 # What an encoding adds to the scores of queries [*rows, T] and keys [*rows, S]: [*rows, H, T, S]
 Bias = Callable[[Tensor, Tensor], Tensor]
@@ -74,9 +79,15 @@ class Keys(NamedTuple):
         return [Keys(*parts) for parts in zip(*(x.split_with_sizes(sizes, 1) for x in self), strict=True)]
 
 
-def _joined(parts: list[Keys]) -> Keys:
-    parts = [part for part in parts if part.keys.shape[1]] or parts[:1]
-    return parts[0] if len(parts) == 1 else Keys(*(torch.cat(leaves, 1) for leaves in zip(*parts, strict=True)))
+class _Tile(NamedTuple):
+    """Queries, and the keys that they are read against, from several places."""
+
+    queries: Queries
+    parts: list[Keys]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.queries.places.shape[1], sum(part.places.shape[1] for part in self.parts)
 
 
 @dataclass(frozen=True)
@@ -190,14 +201,35 @@ class _Reader:
 
     def at_once(self, q: Queries, k: Keys) -> Result:
         """All queries against the keys that any of them sees."""
-        some = self.pattern.visible(q.places, k.places).flatten(0, 1).any(0)
-        return self.read(q, k if bool(some.all()) else k.pick(some.nonzero()[:, 0]))
-
-    def read(self, q: Queries, k: Keys, *, with_lse: bool = False) -> Result:
-        """One tile."""
         seen = self.pattern.visible(q.places, k.places)
-        mask = None if bool(seen.all()) else seen[:, None]
-        bias = None if self.bias is None else self.bias(q.positions, k.positions)
+        some = seen.flatten(0, 1).any(0)
+        if not bool(some.all()):
+            index = some.nonzero()[:, 0]
+            seen, k = seen.index_select(2, index), k.pick(index)
+        return self.read(q, k, seen)
+
+    def together(self, tiles: list["_Tile"], with_lse: bool) -> Result:
+        """Tiles of one shape as a batch."""
+        batch = len(tiles[0].queries.vectors)
+        parts = [Keys(*(torch.cat(leaves, 1) for leaves in zip(*tile.parts, strict=True))) for tile in tiles]
+        q = Queries(*(torch.cat(leaves) for leaves in zip(*(tile.queries for tile in tiles), strict=True)))
+        k = Keys(*(torch.cat(leaves) for leaves in zip(*parts, strict=True)))
+        o, lse = self.read(q, k, self.pattern.visible(q.places, k.places), with_lse=with_lse)
+
+        def neighbours(x: Tensor) -> Tensor:
+            return x if len(tiles) == 1 else torch.cat(x.split_with_sizes([batch] * len(tiles)), 1)
+
+        return neighbours(o), None if lse is None else neighbours(lse)
+
+    def read(self, q: Queries, k: Keys, seen: Bool[Tensor, "rows T S"], *, with_lse: bool = False) -> Result:
+        """These queries against these keys."""
+
+        def of_all(x: Tensor) -> Tensor:
+            """A row for each sequence where several tiles have one for all of theirs."""
+            return x if len(x) == 1 else x.repeat_interleave(len(q.vectors) // len(x), 0)
+
+        mask = None if bool(seen.all()) else of_all(seen)[:, None]
+        bias = None if self.bias is None else of_all(self.bias(q.positions, k.positions))
         return self.call(q.vectors, k.keys, k.values, with_lse, causal=False, mask=mask, bias=bias)
 
     def call(
@@ -208,14 +240,14 @@ class _Reader:
         with_lse: bool,
         *,
         causal: bool,
-        mask: Tensor | None,
-        bias: Tensor | Bias | None,
+        window: int | None = None,
+        mask: Tensor | None = None,
+        bias: Tensor | Bias | None = None,
     ) -> Result:
-        if with_lse:
-            return softmax_attention(
-                q, k, v, causal=causal, mask=mask, bias=bias, scale=self.scale, form=self.form, return_lse=True
-            )
-        return softmax_attention(q, k, v, causal=causal, mask=mask, bias=bias, scale=self.scale, form=self.form), None
+        run: Callable[..., Any] = partial(
+            softmax_attention, causal=causal, window=window, mask=mask, bias=bias, scale=self.scale, form=self.form
+        )
+        return run(q, k, v, return_lse=True) if with_lse else (run(q, k, v), None)
 
     def tiled(self, q: Queries, k: Keys) -> Float[Tensor, "N T H V"]:
         """Queries of the same places in every row."""
@@ -228,7 +260,10 @@ class _Reader:
         q = q.part(count, None)
         in_classes = rule.far == "multiples"
         in_tiles = rule.near is not None or rule.far == "summaries" or rule.global_tokens > 0
-        if not in_tiles and not in_classes:
+        length = k.keys.shape[1]
+        # Two results that are merged need their sums as well, which costs about three times as much.
+        merging = 3 * (2 * rule.window + rule.global_tokens + length // rule.stride)
+        if in_tiles == in_classes and (not in_tiles or length <= merging):
             o = self.at_once(q, k)[0]
         elif not in_classes:
             o, _ = self.tiles(q, k, with_lse=False)
@@ -244,47 +279,59 @@ class _Reader:
 
     def tiles(self, q: Queries, k: Keys, *, with_lse: bool) -> Result:
         """Neighbouring queries against what is near, and what is far or global on either side of that."""
-        rule, start, length = self.pattern, int(q.places[0, 0]), q.vectors.shape[1]
-        stop, total = start + length, k.keys.shape[1]
-        edges = self._edges(start, stop)
-        spans = []
-        for low, high in itertools.pairwise(edges):
-            if rule.near is None:
-                first = last = high if rule.causal else 0
-            else:
-                ends = torch.tensor([low, high - 1])
-                first, last = int(rule._reach(ends)[0][0]), int(rule._reach(ends)[1][1])
-                last = min(last, high if rule.causal else stop)
-            # From a place to where its key stands: from the first place that a query sees on, none is missing.
-            spans.append(tuple(min(max(place - stop + total, 0), total) for place in (first, last)))
-        places = k.places[0]
+        rule, total, places = self.pattern, k.keys.shape[1], k.places[0]
         apart = places < rule.global_tokens
         if rule.far == "summaries":
             apart = apart | rule._summarises(places)
-        where = apart.nonzero()[:, 0]
-        others, columns = k.pick(where), where.tolist()
-        index = torch.cat([torch.arange(first, last, device=where.device) for first, last in spans])
-        near = k.pick(index).split([last - first for first, last in spans])
-        results = []
+        index = apart.nonzero()[:, 0]
+        if rule.near == "window" and self.bias is None and not len(index):
+            return self.call(q.vectors, k.keys, k.values, with_lse, causal=rule.causal, window=rule.window)
+        others, columns = k.pick(index), index.tolist()
+        start = int(q.places[0, 0])
+        stop = start + q.vectors.shape[1]
+        edges = self._edges(start, stop, len(columns))
+        # From a place to where its key stands: from the first place that is near to a query on, none is missing.
+        spans = [tuple(min(max(place - stop + total, 0), total) for place in ends) for ends in self._near(edges, stop)]
+        near = k.pick(torch.cat([torch.arange(*span, device=index.device) for span in spans]))
+        queries = q.split([high - low for low, high in itertools.pairwise(edges)])
+        tiles = []
         for query, keys, (first, last) in zip(
-            q.split([b - a for a, b in itertools.pairwise(edges)]), near, spans, strict=True
+            queries, near.split([last - first for first, last in spans]), spans, strict=True
         ):
             before, after = bisect.bisect_left(columns, first), bisect.bisect_left(columns, last)
-            parts = [others.part(0, before), keys]
-            if not rule.causal:
-                parts.append(others.part(after, None))
-            results.append(self.read(query, _joined(parts), with_lse=with_lse))
-        sums = [lse for _, lse in results if lse is not None]
-        return torch.cat([o for o, _ in results], 1), torch.cat(sums, 1) if sums else None
+            sides = [others.part(0, before), keys, *([] if rule.causal else [others.part(after, None)])]
+            tiles.append(_Tile(query, [side for side in sides if side.places.shape[1]] or [keys]))
+        once_more = sum(math.prod(tile.shape) for tile in tiles) > LIMIT and torch.is_grad_enabled()
+        results = []
+        for shape, alike in itertools.groupby(tiles, lambda tile: tile.shape):
+            group = list(alike)
+            count = max(1, LIMIT // max(1, math.prod(shape)))  # of tiles that are together
+            for few in (group[start : start + count] for start in range(0, len(group), count)):
+                if once_more:
+                    result = checkpoint(self.together, few, with_lse, use_reentrant=False, preserve_rng_state=False)
+                else:
+                    result = self.together(few, with_lse)
+                results.append(result)
+        return joined(results, 1)
 
-    def _edges(self, start: int, stop: int) -> list[int]:
+    def _edges(self, start: int, stop: int, others: int) -> list[int]:
         """The places at which a tile begins, and the end."""
-        rule = self.pattern
+        rule, wide = self.pattern, max(FEW, others // 4)  # that many more are copied for each tile
         if rule.near == "block":  # a tile is a block or several whole ones
-            step = rule.stride * max(1, FEW // rule.stride)
+            step = rule.stride * max(1, wide // rule.stride)
             return [start, *range((start // step + 1) * step, stop, step), stop]
-        step = min(max(FEW, rule.window // 2), 4 * FEW) if rule.near == "window" else 2 * FEW
+        step = max(min(rule.window // 2, 4 * FEW), wide)
         return [*range(start, stop, step), stop]
+
+    def _near(self, edges: list[int], stop: int) -> list[tuple[int, int]]:
+        """Of each tile the first place that is near, and the one after the last."""
+        rule, ends = self.pattern, edges[1:]
+        if rule.near is None:
+            return [(end, end) if rule.causal else (0, 0) for end in ends]
+        first, _ = rule._reach(torch.tensor(edges[:-1]))
+        _, last = rule._reach(torch.tensor(ends) - 1)
+        last = last.minimum(torch.tensor(ends) if rule.causal else torch.tensor(stop))
+        return list(zip(first.tolist(), last.tolist(), strict=True))
 
     def classes(self, q: Queries, k: Keys, *, with_lse: bool) -> Result:
         """Tokens of one remainder together, beyond what is near or global; all are aligned at the last token."""

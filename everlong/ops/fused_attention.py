@@ -1,6 +1,6 @@
 """Softmax attention out of torch's fused kernels, on blocks for which no mask of T by S is needed.
 
-    bfloat16 on a CPU that has it       products of blocks of our own (ops/product_attention.py)
+    bfloat16 on a CPU that has it       products of blocks of our own (ops/product_attention.py), masked or not
     plain causal, or nothing masked     one call
     sliding window                      bands: blocks of queries, folded into the batch, with the keys they reach
     a window with a mask or a bias      tiles of our own (ops/online_softmax.py)
@@ -35,9 +35,11 @@ def fused_attention(q: Tensor, k: Tensor, v: Tensor, scoring: Scoring, *, with_l
     k, v, scoring = k[:, columns], v[:, columns], scoring.cut(rows, columns)
     columns, band = slice(0, k.shape[1]), scoring.band
     bounded = band.left + band.right < q.shape[1]
+    shared = scoring.mask is None or scoring.mask.shape[1] == 1
+    if scoring.bias is None and shared and not with_lse and _by_products(q, band, k.shape[1]):
+        rule = scoring.scale, band.offset, band.left, band.right
+        return product_attention(q, k, v, *rule, scoring.mask), None
     if scoring.mask is None and scoring.bias is None and k.shape[1]:
-        if not with_lse and _by_products(q, band, k.shape[1]):
-            return product_attention(q, k, v, scoring.scale, band.offset, band.left, band.right), None
         if band.covers(rows, columns):
             return _kernel(q, k, v, scoring, with_lse=with_lse)
         if band.offset == 0 == band.right and band.left >= q.shape[1] - 1:
@@ -146,7 +148,9 @@ def _by_products(q: Tensor, band: Band, num_keys: int) -> bool:
     """Whether products of blocks are faster: in bfloat16, for enough queries, each of which sees a key."""
     if q.device.type != "cpu" or q.dtype != torch.bfloat16 or q.shape[1] < 64:
         return False
-    return band.offset >= 0 and band.offset + q.shape[1] <= num_keys and multiplies_bfloat16("cpu")
+    if band.offset < 0 or band.offset + q.shape[1] > num_keys:
+        return band.covers(slice(0, q.shape[1]), slice(0, num_keys)) and num_keys > 0 and multiplies_bfloat16("cpu")
+    return multiplies_bfloat16("cpu")
 
 
 def _kernel_gives_lse(*inputs: Tensor) -> bool:

@@ -29,8 +29,9 @@ ROWS = 128, 256  # queries in a block: more waste on keys that causality forbids
 class _Blocks:
     """Queries `[B G, H / G, T, K]`, keys and values `[B G, S, *]`, and the blocks in which they meet."""
 
-    def __init__(self, q: Tensor, k: Tensor, v: Tensor, scale: float, band: Band) -> None:
+    def __init__(self, q: Tensor, k: Tensor, v: Tensor, scale: float, band: Band, mask: Tensor | None) -> None:
         self.batch, self.shared, self.band = q.shape[0], q.shape[2] // k.shape[2], band
+        self.mask = None if mask is None else mask[:, 0].expand(-1, q.shape[1], k.shape[1])
         self.q = self.by_head(q, self.shared).mul(scale)
         self.k, self.v = self.by_head(k), self.by_head(v)
 
@@ -64,7 +65,22 @@ class _Blocks:
         for part in self.edges(queries, keys):
             hidden = ~self.band.visible(queries, part, scores.device)
             by_query[..., part.start - keys.start : part.stop - keys.start].masked_fill_(hidden, -torch.inf)
-        return torch.softmax(scores, -1)
+        if self.mask is None:
+            return torch.softmax(scores, -1)
+        unseen = ~self.unmasked(heads, queries, keys)
+        by_query.masked_fill_(unseen, -torch.inf)
+        weights = torch.softmax(scores, -1)
+        weights.view_as(by_query).masked_fill_(unseen, 0.0)  # a query that sees no key has made them NaN
+        return weights
+
+    def unmasked(self, heads: slice, queries: slice, keys: slice) -> Tensor:
+        """The mask's part of a block, broadcastable to `[n, H / G, rows, keys]`."""
+        assert self.mask is not None
+        if len(self.mask) == 1:
+            return self.mask[:, None, queries, keys]
+        groups = self.k.shape[0] // self.batch
+        row = torch.arange(heads.start, heads.stop, device=self.mask.device) // groups
+        return self.mask[row, queries, keys][:, None]
 
     def edges(self, queries: slice, keys: slice) -> list[slice]:
         """The keys that some of the block's queries see and some do not."""
@@ -75,10 +91,15 @@ class _Blocks:
 
 
 @torch.library.custom_op("everlong::product_attention", mutates_args=())
-def product_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, offset: int, left: int, right: int) -> Tensor:
-    """o; query i sits at p = offset + i and sees keys p - left <= j <= p + right, one of them at least."""
+def product_attention(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, offset: int, left: int, right: int, mask: Tensor | None = None
+) -> Tensor:
+    """o; query i sits at p = offset + i and sees keys p - left <= j <= p + right, one of them at least.
+
+    Of these it sees those that the mask, [B or 1, 1, T or 1, S or 1], leaves; where that is none, o is 0.
+    """
     with without_autocast(q):
-        blocks = _Blocks(q, k, v, scale, Band(offset, left, right))
+        blocks = _Blocks(q, k, v, scale, Band(offset, left, right), mask)
         o = v.new_empty(*blocks.q.shape[:3], v.shape[3])
         for heads, queries, keys in blocks:
             mixed = torch.bmm(blocks.weights(heads, queries, keys), blocks.v[heads, keys])
@@ -87,17 +108,25 @@ def product_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, offset: int
 
 
 @product_attention.register_fake
-def _(q, k, v, scale, offset, left, right):  # type: ignore[no-untyped-def]
+def _(q, k, v, scale, offset, left, right, mask=None):  # type: ignore[no-untyped-def]
     return v.new_empty(q.shape[0], q.shape[2], q.shape[1], v.shape[3]).transpose(1, 2)
 
 
 @torch.library.custom_op("everlong::product_attention_backward", mutates_args=())
 def product_attention_backward(
-    q: Tensor, k: Tensor, v: Tensor, d_o: Tensor, scale: float, offset: int, left: int, right: int
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    d_o: Tensor,
+    scale: float,
+    offset: int,
+    left: int,
+    right: int,
+    mask: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of q, k and v."""
     with without_autocast(q):
-        blocks = _Blocks(q, k, v, scale, Band(offset, left, right))
+        blocks = _Blocks(q, k, v, scale, Band(offset, left, right), mask)
         d_out = blocks.by_head(d_o, blocks.shared)
         d_q = torch.empty_like(blocks.q)
         exact = torch.promote_types(q.dtype, torch.float32)
@@ -115,17 +144,18 @@ def product_attention_backward(
 
 
 @product_attention_backward.register_fake
-def _(q, k, v, d_o, scale, offset, left, right):  # type: ignore[no-untyped-def]
+def _(q, k, v, d_o, scale, offset, left, right, mask=None):  # type: ignore[no-untyped-def]
     return tuple(x.new_empty(x.shape[0], x.shape[2], x.shape[1], x.shape[3]).transpose(1, 2) for x in (q, k, v))
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    q, k, v, *ctx.rule = inputs
-    ctx.save_for_backward(q, k, v)
+    q, k, v, *ctx.rule, mask = inputs
+    ctx.save_for_backward(q, k, v, mask)
 
 
 def _backward(ctx: Any, d_o: Tensor) -> tuple[Tensor | None, ...]:
-    return *product_attention_backward(*ctx.saved_tensors, d_o, *ctx.rule), None, None, None, None
+    *inputs, mask = ctx.saved_tensors
+    return *product_attention_backward(*inputs, d_o, *ctx.rule, mask), None, None, None, None, None
 
 
 product_attention.register_autograd(_backward, setup_context=_setup)

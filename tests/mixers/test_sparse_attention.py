@@ -146,6 +146,7 @@ def test_no_sequences_at_all():
     y, state = make()(inputs(1, 0), None, Context(cu_seqlens=torch.tensor([0])))
     assert y.shape == (1, 0, 24)
     assert state.length.shape == (0,)
+    assert make()(inputs(0, 90))[0].shape == (0, 90, 24)
 
 
 @pytest.mark.parametrize(

@@ -1,9 +1,10 @@
-"""Patterns against their definition, pair by pair; and the work of the forms, counted in scores that are computed."""
+"""Patterns against their definition, pair by pair; and the work of the forms, counted in FLOPs."""
 
 import itertools
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from everlong.nn import sparse
 from everlong.nn.sparse import Keys, Pattern, Queries
@@ -64,53 +65,47 @@ def test_tiles_and_classes_are_the_mask(pattern, causal):
             torch.testing.assert_close(rule.attend(q, fewer), expected, atol=1e-12, rtol=1e-12)
 
 
-@pytest.fixture
-def touched(monkeypatch):
-    """Counts the scores that are computed for one head, and the largest mask or bias."""
-    counts = {"scores": 0, "largest": 0}
-    run = sparse.softmax_attention
+def test_tiles_computed_once_more_have_the_same_gradients(monkeypatch):
+    rule, results = Pattern(True, near="block", far="summaries", stride=16, summary=3, global_tokens=4), []
+    q, k = tokens(200)
+    for limit in (sparse.LIMIT, 0):
+        monkeypatch.setattr(sparse, "LIMIT", limit)
+        leaves = [x.detach().clone().requires_grad_() for x in (q.vectors, k.keys, k.values)]
+        y = rule.attend(q._replace(vectors=leaves[0]), k._replace(keys=leaves[1], values=leaves[2]))
+        results.append([y, *torch.autograd.grad(y.square().sum(), leaves)])
+    for one, other in zip(*results, strict=True):
+        assert torch.equal(one, other)
 
-    def counted(q, k, v, *, causal, mask, bias, **options):
-        counts["scores"] += q.shape[0] * q.shape[1] * k.shape[1]
-        for tensor in (mask, bias):
-            counts["largest"] = max(counts["largest"], tensor.numel() if isinstance(tensor, torch.Tensor) else 0)
-        return run(q, k, v, causal=causal, mask=mask, bias=bias, **options)
 
-    monkeypatch.setattr(sparse, "softmax_attention", counted)
-    return counts
+def scores(pattern, q, k):
+    """How many scores of one head are computed, by the products that are: 2 FLOPs each for q k and for the values."""
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        pattern.attend(q, k, form="chunk")
+    return counter.get_total_flops() // 4
 
 
 WORK = {
-    "window": ({"near": "window", "window": 64}, lambda T, g: 64 * T),
-    "strided": ({"near": "window", "far": "multiples", "window": 64, "stride": 64}, lambda T, g: T * (64 + T / 64)),
-    "fixed": (
-        {"near": "block", "far": "summaries", "stride": 64, "summary": 8},
-        lambda T, g: T * (64 + T * 8 / 64),
-    ),
-    "atrous": ({"far": "multiples", "stride": 64}, lambda T, g: T * T / 64),
-    "small blocks": ({"near": "block", "stride": 5}, lambda T, g: T * sparse.FEW),
+    "window": ({"near": "window", "window": 64}, lambda T: 64 * T),
+    "strided": ({"near": "window", "far": "multiples", "window": 64, "stride": 64}, lambda T: T * (64 + T / 64)),
+    "fixed": ({"near": "block", "far": "summaries", "stride": 64, "summary": 8}, lambda T: T * (64 + T * 8 / 64)),
+    "atrous": ({"far": "multiples", "stride": 64}, lambda T: T * T / 64),
+    "small blocks": ({"near": "block", "stride": 5}, lambda T: T * sparse.FEW),
 }
 
 
 @pytest.mark.parametrize("global_tokens", [0, 16])
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("name", WORK)
-def test_the_work_is_what_the_pattern_needs(name, causal, global_tokens, touched):
+def test_the_work_is_what_the_pattern_needs(name, causal, global_tokens):
     options, needed = WORK[name]
     rule = Pattern(causal, **options, global_tokens=global_tokens)
     for length in (512, 1024, 2048, 4096):
-        touched.update(scores=0, largest=0)
-        with torch.no_grad():
-            rule.attend(*tokens(length, heads=1, size=1))
-        ends = 2 * length * global_tokens
-        assert touched["scores"] <= (2 if causal else 3) * needed(length, global_tokens) + ends
-        assert touched["scores"] >= int(rule.count(torch.arange(length), length).sum())
-        assert touched["largest"] <= max(ends, 4 * length * max(64, global_tokens), length * length // 64)
+        computed = scores(rule, *tokens(length, heads=1, size=1))
+        assert computed <= (3 if causal else 4) * needed(length) + 2 * length * global_tokens
+        assert computed >= int(rule.count(torch.arange(length), length).sum())
 
 
 @pytest.mark.parametrize(("name", "keys"), [("window", 64), ("fixed", 64 + 512), ("atrous", 65), ("strided", 64 + 65)])
-def test_a_token_reads_what_it_sees_and_no_more(name, keys, touched):
+def test_a_token_reads_what_it_sees_and_no_more(name, keys):
     options, _ = WORK[name]
-    with torch.no_grad():
-        Pattern(True, **options).attend(*tokens(1, past=4096 - 33, heads=1, size=1))
-    assert keys - 65 < touched["scores"] <= keys
+    assert keys - 65 < scores(Pattern(True, **options), *tokens(1, past=4096 - 33, heads=1, size=1)) <= keys

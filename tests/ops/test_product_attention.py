@@ -53,6 +53,33 @@ def test_it_is_attention(case, block, monkeypatch):
         torch.testing.assert_close(one, other, atol=1e-10, rtol=1e-10)
 
 
+MASKS = {"of all": (1, 65, 150), "of each row": (2, 65, 150), "of keys": (2, 1, 150), "of queries": (1, 65, 1)}
+
+
+@pytest.mark.parametrize("shape", MASKS)
+@pytest.mark.parametrize("block", [1 << 21, 4096])
+def test_under_a_mask_as_well(shape, block, monkeypatch):
+    """Queries that see nothing among them: they give 0, and nothing of theirs is learned."""
+    monkeypatch.setattr(products, "BLOCK", block)
+    inputs, band = make(65, 150, 6, 2, 8, 8), Band(85, 40, UNBOUNDED)
+    rows, queries, keys = MASKS[shape]
+    mask = torch.rand(rows, 1, queries, keys) < 0.4
+    mask[..., 7 if queries > 1 else 0, :] = False
+    seen = mask & band.visible(slice(0, 65), slice(0, 150), mask.device)
+    q, k, v = (x.transpose(1, 2) for x in inputs)
+    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        expected = F.scaled_dot_product_attention(q, k, v, seen, enable_gqa=True).transpose(1, 2)
+    o = products.product_attention(*inputs, 8**-0.5, band.offset, band.left, band.right, mask)
+    assert not o[~seen[:, 0].any(-1).expand(2, -1)].any()
+    weight = torch.randn_like(o)
+    for one, other in zip(
+        (o, *torch.autograd.grad((o * weight).sum(), inputs)),
+        (expected, *torch.autograd.grad((expected * weight).sum(), inputs)),
+        strict=True,
+    ):
+        torch.testing.assert_close(one, other, atol=1e-10, rtol=1e-10)
+
+
 def test_in_bfloat16_it_is_as_exact_as_its_inputs():
     inputs = [x.detach().bfloat16().requires_grad_() for x in make(300, 300, 4, 2, 32, 32)]
     exact = [x.detach().double().requires_grad_() for x in inputs]
@@ -77,5 +104,6 @@ def test_what_comes_later_changes_nothing_before():
 def test_rows_that_see_nothing_are_left_to_others():
     q = torch.zeros(1, 100, 1, 8, dtype=torch.bfloat16)
     assert not _by_products(q, Band(-10, UNBOUNDED, 0), 90)
+    assert not _by_products(q, Band(0), 0)
     assert not _by_products(q[:, :8], Band(0, UNBOUNDED, 0), 8)
     assert not _by_products(q.float(), Band(0, UNBOUNDED, 0), 100)
