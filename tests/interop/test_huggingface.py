@@ -50,7 +50,10 @@ class Remembering(Attention):
 NAMES = [name for name in mixers.names() if mixers.load(name).traits.causal]
 OUTSIDE = f"{__name__}:Remembering"
 LAYERS = {name: (name,) for name in NAMES}
-LAYERS["hybrid"] = ("gated_deltanet", "mamba2", "linear_attention", {"mixer": "attention", "window": 3})
+for part in range(4):  # all mixers in models of so few layers that float32 rounds to the tolerances below
+    # An RWKV-7 comes first: behind other mixers the first of its kind has nobody's values to share.
+    some = sorted(NAMES[part::4], key=lambda name: name != "rwkv7")
+    LAYERS[f"hybrid {part}"] = (*some, {"mixer": "attention", "window": 3})
 LAYERS["outside"] = (OUTSIDE,)
 every = pytest.mark.parametrize("layers", LAYERS.values(), ids=LAYERS)
 
@@ -356,12 +359,15 @@ def test_lora_attaches_trains_and_merges(run, tmp_path, targets):
     peft = pytest.importorskip("peft", reason="pip install peft")
     model = AutoModelForCausalLM.from_pretrained(run)
     linear = {name for name, part in model.named_modules() if isinstance(part, torch.nn.Linear)} - {"head"}
-    if targets != "all-linear" and not any(name.rpartition(".")[2] in targets for name in linear):
-        pytest.skip("calls nothing q or v: recurrent networks and state spaces have no queries")
-    tuned = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=targets, task_type="CAUSAL_LM"))
-    layers = [name for name, part in tuned.named_modules() if hasattr(part, "lora_A")]
     called = [name for name in linear if targets == "all-linear" or name.rpartition(".")[2] in targets]
-    assert len(layers) == len(called) > 0
+    lora = peft.LoraConfig(r=2, target_modules=targets, task_type="CAUSAL_LM")
+    if not called:  # recurrent networks and state spaces have no queries
+        with pytest.raises(ValueError, match="not found in the base model"):
+            peft.get_peft_model(model, lora)
+        return
+    tuned = peft.get_peft_model(model, lora)
+    layers = [name for name, part in tuned.named_modules() if hasattr(part, "lora_A")]
+    assert len(layers) == len(called)
     ids = tokens(2, 20)
     optimizer = torch.optim.Adam([p for p in tuned.parameters() if p.requires_grad], lr=1e-2)
     losses = []
