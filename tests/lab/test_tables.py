@@ -31,7 +31,7 @@ def test_every_mixer_has_been_measured(rows, name):
     assert len(trained) == mixers.load(name).traits.causal
     for row in trained:
         assert "diverged" not in row["raw"]
-        assert 0.9e6 < row["raw"]["parameters"] < 1.1e6
+        assert 0.85e6 < row["raw"]["parameters"] < 1.15e6  # a width is a multiple of 16
         assert row["raw"]["state_bytes"].keys() == {"1k", "16k"}
 
 
