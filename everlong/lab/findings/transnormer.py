@@ -1,6 +1,6 @@
 """The two findings of "The Devil in Linear Transformer" (Qin et al. 2022, arXiv 2210.10340), on a text of one's own.
 
-    python -m everlong.lab.findings.transnormer [--data FILE] [--out FOLDER] [--steps N]
+    python -m everlong.lab.findings.transnormer [--data FILE] [--out FOLDER] [--steps N] [--seed N]
 
 Trains three byte models that differ in their attention only: softmax, linear attention with 1 + elu, and TransNormer.
 Measured are the gradients while they learn, the gradient of attention weights with respect to their scores, and how
@@ -225,8 +225,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--data", default=STDLIB, help="a text, or python-stdlib")
     parser.add_argument("--out", type=Path, default=Path("."), help="the folder for the pictures")
     parser.add_argument("--steps", type=int, default=Setting.steps, help="updates of each model")
+    parser.add_argument("--seed", type=int, default=Setting.seed, help="of weights and batches")
     chosen = parser.parse_args(arguments)
-    runs, ratios = measure(load_text(chosen.data), Setting(steps=chosen.steps))
+    runs, ratios = measure(load_text(chosen.data), Setting(steps=chosen.steps, seed=chosen.seed))
     print("\n".join(report(runs, ratios)))
     chosen.out.mkdir(parents=True, exist_ok=True)
     for name, drawing in pictures(runs, ratios).items():
