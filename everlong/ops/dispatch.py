@@ -58,6 +58,12 @@ TABLE: dict[str, tuple[Implementation, ...]] = {
     "linear_scan": _both("scan", "linear_scan"),
     "selective_scan": _both("scan", "selective_scan"),
     "causal_conv1d": _both("scan", "causal_conv1d"),
+    # The same over trees of tokens (`parents`), with `tree`, a Tree, for `cu_seqlens`.
+    "softmax_attention_tree": _both("tree_attention", "softmax_attention_tree"),
+    "linear_attention_tree": _both("tree_memory", "linear_attention_tree"),
+    "delta_rule_tree": _both("tree_memory", "delta_rule_tree"),
+    "dplr_tree": _both("tree_memory", "dplr_tree"),
+    "causal_conv1d_tree": _both("scan", "causal_conv1d_tree"),
 }
 
 # A plain variable: torch.compile cannot follow a ContextVar.
