@@ -154,6 +154,27 @@ def multiplies_bfloat16(device: str) -> bool:
     return any(there for name, there in torch.cpu.get_capabilities().items() if name.endswith("bf16"))
 
 
+def kernels_serve(*tensors: Tensor) -> bool:
+    """Whether the kernels compute the layers around the operators for these tensors.
+
+    They do where they are the fastest: in eager mode, since torch.compile joins such passes by itself.
+    """
+    if torch.compiler.is_compiling() or not all(x.is_cpu and x.dtype in NATIVE_DTYPES for x in tensors):
+        return False
+    return _kernels_serve(_asked)
+
+
+@functools.cache
+def _kernels_serve(asked: str) -> bool:
+    if _wish("auto", asked)[0] not in ("auto", "native"):
+        return False
+    from everlong.ops.native.build import obstacle
+
+    if missing := obstacle(try_it=True):
+        _warn(_slower(str(missing)))
+    return missing is None
+
+
 def cache_folder() -> Path:
     """Where everlong keeps what it can make again: EVERLONG_CACHE, or the user's cache folder."""
     if asked := os.environ.get("EVERLONG_CACHE"):
@@ -194,19 +215,14 @@ def _decide(operator: str, backend: str, device: str, dtype: torch.dtype, asked:
         raise unknown("operator", operator, TABLE)
     _check_backend(backend)
     candidates = TABLE[operator]
-    name, reason = backend, "asked for by the call"
-    if name == "auto":
-        name, reason = asked, "asked for by use_backend"
-    if name == "auto":
-        name, reason = os.environ.get("EVERLONG_BACKEND", "auto"), "asked for by EVERLONG_BACKEND"
-        _check_backend(name)
+    name, reason = _wish(backend, asked)
     if name == "auto":
         warning = None
         for candidate in candidates:
             if not candidate.serves(device, dtype):
                 continue
             if missing := candidate.missing(build=build):
-                warning = f"everlong works without its kernels, several times slower: {missing}"
+                warning = _slower(missing)
                 continue
             reason = f"the fastest there is for {str(dtype).removeprefix('torch.')} on {device}"
             return Choice(operator, candidate.backend, warning or reason, candidate, warning)
@@ -220,3 +236,18 @@ def _decide(operator: str, backend: str, device: str, dtype: torch.dtype, asked:
             return Choice(operator, name, reason, candidate)
     there = ", ".join(candidate.backend for candidate in candidates)
     raise ValueError(f"{operator} has no backend `{name}`. There is: {there}")
+
+
+def _wish(backend: str, asked: str) -> tuple[str, str]:
+    """The backend that is asked for, "auto" where none is, and by what."""
+    if backend != "auto":
+        return backend, "asked for by the call"
+    if asked != "auto":
+        return asked, "asked for by use_backend"
+    name = os.environ.get("EVERLONG_BACKEND", "auto")
+    _check_backend(name)
+    return name, "asked for by EVERLONG_BACKEND"
+
+
+def _slower(missing: str) -> str:
+    return f"everlong works without its kernels, several times slower: {missing}"
