@@ -72,7 +72,7 @@ struct Configuration {  // what LDTILECFG reads, byte for byte
 static_assert(sizeof(Configuration) == 64, "LDTILECFG reads 64 bytes");
 
 struct alignas(64) TileFile {
-    uint8_t tiles[kTiles][kRows][kRowBytes];  // zero beyond a tile's rows and columns
+    uint8_t tiles[kTiles][kRows][kRowBytes];
     Configuration configuration;
     std::atomic<bool> taken;
 };
@@ -277,9 +277,10 @@ void move_rows(const Instruction& instruction, const greg_t* registers) {
 }
 
 // The manual's order: the even and the odd elements of the pairs are summed apart, each from first to last; then their
-// sum is added to the destination. A product of two bfloat16 is exact in float32.
+// sum is added to the destination. A product of two bfloat16 is exact in float32. All 16 columns are computed: what lies
+// beyond a tile's own is never seen.
 __attribute__((noinline)) void multiply(uint8_t (*out)[kRowBytes], const uint8_t (*left)[kRowBytes],
-                                        const uint8_t (*right)[kRowBytes], int rows, int pairs, size_t row_bytes) {
+                                        const uint8_t (*right)[kRowBytes], int rows, int pairs) {
     typedef uint32_t Words __attribute__((vector_size(kRowBytes)));
     typedef float Row __attribute__((vector_size(kRowBytes)));
     Row right_even[kRows], right_odd[kRows];
@@ -300,7 +301,7 @@ __attribute__((noinline)) void multiply(uint8_t (*out)[kRowBytes], const uint8_t
         }
         memcpy(&sum, out[row], sizeof sum);
         sum = sum + (even + odd);
-        memcpy(out[row], &sum, row_bytes);
+        memcpy(out[row], &sum, sizeof sum);
     }
 }
 
@@ -317,7 +318,7 @@ void multiply_tiles(const Instruction& instruction) {
               "tmm%d (%d rows of %d bytes) += tmm%d (%d of %d) tmm%d (%d of %d): the shapes do not fit", out, rows[out],
               bytes[out], left, rows[left], bytes[left], right, rows[right], bytes[right]);
     }
-    multiply(held->tiles[out], held->tiles[left], held->tiles[right], rows[out], rows[right], bytes[out]);
+    multiply(held->tiles[out], held->tiles[left], held->tiles[right], rows[out], rows[right]);
 }
 
 bool execute(greg_t* registers) {
@@ -354,10 +355,8 @@ void on_illegal_instruction(int signal, siginfo_t* info, void* context) {
     while (execute(registers)) ++count;
     executed.fetch_add(count, std::memory_order_relaxed);
     if (count) return;
-    if (previous.sa_flags & SA_SIGINFO) return previous.sa_sigaction(signal, info, context);
-    if (previous.sa_handler != SIG_DFL && previous.sa_handler != SIG_IGN) return previous.sa_handler(signal);
-    sigaction(SIGILL, &previous, nullptr);  // the instruction is met again, and this time nobody stands between
-    if (info->si_code <= 0) raise(signal);  // sent by a process: it would not be
+    sigaction(SIGILL, &previous, nullptr);  // the instruction is met again, and goes to whom it went before
+    if (info->si_code <= 0) raise(signal);  // sent by a process: there is no instruction
 }
 
 __attribute__((constructor)) void install() {
