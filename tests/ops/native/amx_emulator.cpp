@@ -32,6 +32,7 @@
 //         return available;
 //     }
 //
+//   Asking puts the handler in front again, should another have come since (Python's faulthandler, in every pytest).
 // - Where the machine has tiles, everlong_amx_emulated() is 0 and the kernels run on them, this library or not. A LOCK
 //   prefix (F0), illegal before a tile instruction, makes it trap there too: so the two can be compared.
 // - everlong_amx_executed() counts the instructions carried out: a test sees by it that the tiles were in fact used.
@@ -355,21 +356,33 @@ void on_illegal_instruction(int signal, siginfo_t* info, void* context) {
     while (execute(registers)) ++count;
     executed.fetch_add(count, std::memory_order_relaxed);
     if (count) return;
-    sigaction(SIGILL, &previous, nullptr);  // the instruction is met again, and goes to whom it went before
-    if (info->si_code <= 0) raise(signal);  // sent by a process: there is no instruction
+    const struct sigaction next = previous;
+    previous = {};  // the default, should the next one hand the signal back
+    sigaction(SIGILL, &next, nullptr);
+    if (info->si_code <= 0) raise(signal);  // sent by a process: no instruction is met again
 }
 
-__attribute__((constructor)) void install() {
-    hardware = syscall(SYS_arch_prctl, 0x1023, 18) == 0;
-    struct sigaction action {};
+void install() {
+    struct sigaction current, action {};
+    sigaction(SIGILL, nullptr, &current);
+    if (current.sa_sigaction == on_illegal_instruction) return;
+    previous = current;
     action.sa_sigaction = on_illegal_instruction;
     action.sa_flags = SA_SIGINFO | SA_NODEFER;
-    sigaction(SIGILL, &action, &previous);
+    sigaction(SIGILL, &action, nullptr);
+}
+
+__attribute__((constructor)) void on_load() {
+    hardware = syscall(SYS_arch_prctl, 0x1023, 18) == 0;
+    install();
 }
 
 }  // namespace
 
 extern "C" {
-__attribute__((visibility("default"))) int everlong_amx_emulated() { return !hardware; }
+__attribute__((visibility("default"))) int everlong_amx_emulated() {
+    install();
+    return !hardware;
+}
 __attribute__((visibility("default"))) uint64_t everlong_amx_executed() { return executed; }
 }

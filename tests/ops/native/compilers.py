@@ -30,7 +30,7 @@ def require(compiler: Compiler, flags: Sequence[str] = (), program: str = "int m
     """Skips the test where the compiler is missing, or does not compile a program with these flags."""
     if shutil.which(compiler.command) is None:
         pytest.skip(f"no {compiler.command}: apt-get install {compiler.packages}")
-    command = [compiler.command, "-x", "c++", "-std=c++17", *flags, "-c", "-", "-o", os.devnull]
+    command = [compiler.command, "-x", "c++", *flags, "-c", "-", "-o", os.devnull]
     found = subprocess.run(command, input=program, text=True, capture_output=True)
     if found.returncode:
         reason = next((line for line in found.stderr.splitlines() if "error" in line), found.stderr.strip())
@@ -53,7 +53,7 @@ def objects(compiler: Compiler, sources: Iterable[Path], folder: Path, flags: Se
     targets = [folder / f"{source.stem}.o" for source in sources]
 
     def build(source: Path, target: Path) -> None:
-        run([compiler.command, "-std=c++17", *WARNINGS, "-fPIC", *flags, "-c", source, "-o", target])
+        run([compiler.command, *WARNINGS, "-fPIC", *flags, "-c", source, "-o", target])
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         list(pool.map(build, sources, targets))

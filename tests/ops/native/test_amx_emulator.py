@@ -4,12 +4,10 @@ The truth is numpy; where the machine has tiles of its own, they are a second on
 """
 
 import os
-import platform
 import re
 import signal
 import subprocess
-import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy
@@ -18,15 +16,8 @@ from numpy.lib.stride_tricks import as_strided
 from ops.native import compilers
 
 HERE = Path(__file__).parent
-TILES = ("-O2", "-mamx-tile", "-mamx-bf16")
-PROBE = "#include <immintrin.h>\nvoid probe() { _tile_zero(0); _tile_dpbf16ps(0, 1, 2); }\n"
+TILES = ("-mamx-tile", "-mamx-bf16")
 NO_TILES = 2  # what the program returns where neither the machine nor the emulator has any
-
-pytestmark = pytest.mark.skipif(
-    platform.machine() not in {"x86_64", "AMD64"} or sys.platform != "linux",
-    reason="tile instructions are emulated on x86-64 Linux only",
-)
-
 
 # The ways in which a tile's address can be encoded: every register as base and as index, all scales and displacements.
 
@@ -103,11 +94,12 @@ class Programs:
 
 
 @pytest.fixture(scope="module")
-def programs(tmp_path_factory) -> Programs:
-    compilers.require(compilers.GCC, TILES, PROBE)
+def programs(amx_emulator, tmp_path_factory) -> Programs:
     folder = tmp_path_factory.mktemp("amx")
     assembly, forms = folder / "program.s", folder / "forms.s"
-    compilers.run(["g++", "-std=c++17", *compilers.WARNINGS, *TILES, "-S", HERE / "amx_program.cpp", "-o", assembly])
+    compilers.run(
+        ["g++", "-std=c++17", *compilers.WARNINGS, "-O2", *TILES, "-S", HERE / "amx_program.cpp", "-o", assembly]
+    )
     forms.write_text(forms_in_assembly())
     for source in (assembly, forms):
         # A LOCK prefix is illegal here, so that the instruction traps where there are tiles as well.
@@ -115,10 +107,8 @@ def programs(tmp_path_factory) -> Programs:
         source.with_stem(f"trapping-{source.stem}").write_text(lines)
     for prefix in ("", "trapping-"):
         parts = [folder / f"{prefix}{source.name}" for source in (assembly, forms)]
-        compilers.run(["g++", *parts, "-pthread", "-ldl", "-o", folder / f"{prefix}program"])
-    flags = ("-O2", "-march=native", "-Wconversion", "-Wpedantic")
-    library = compilers.shared_library(compilers.GCC, [HERE / "amx_emulator.cpp"], folder / "emulator.so", flags)
-    return Programs(library, folder / "program", folder / "trapping-program")
+        compilers.run(["g++", *parts, "-pthread", "-o", folder / f"{prefix}program"])
+    return Programs(amx_emulator, folder / "program", folder / "trapping-program")
 
 
 # Products.
@@ -240,8 +230,7 @@ def answers(programs: Programs, name: str, products: list[Product], emulated: bo
     return found
 
 
-@pytest.mark.parametrize("name", ["plain", "trapping"])
-def test_products_are_those_of_the_manual(programs, name):
+def check_products(programs, name):
     products = [*random_products(), *EXACT.values()]
     for product, answer in zip(products, answers(programs, name, products), strict=True):
         rows, pairs, columns = product.shape
@@ -255,6 +244,23 @@ def test_products_are_those_of_the_manual(programs, name):
         shapes = [columns, pairs, columns, columns], [rows, rows, pairs, rows]
         row_bytes = numpy.array([4 * count for count in shapes[0]] + [0] * 12, numpy.uint16).tobytes()
         assert answer.configuration.tobytes() == bytes([1] + [0] * 15) + row_bytes + bytes(shapes[1] + [0] * 12)
+
+
+@pytest.mark.parametrize("name", ["plain", "trapping"])
+def test_products_are_those_of_the_manual(programs, name):
+    check_products(programs, name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("compiler", [compilers.GCC, compilers.CLANG], ids=lambda compiler: compiler.command)
+@pytest.mark.parametrize(
+    "flags", [("-O0",), ("-O2",), ("-O2", "-march=native"), ("-O3", "-ffp-contract=off")], ids=" ".join
+)
+def test_products_do_not_depend_on_how_the_emulator_was_compiled(programs, tmp_path, compiler, flags):
+    flags = ("-std=c++17", "-Wpedantic", "-Wconversion", *flags)
+    compilers.require(compiler, flags)
+    library = compilers.shared_library(compiler, [HERE / "amx_emulator.cpp"], tmp_path / "emulator.so", flags)
+    check_products(replace(programs, emulator=library), "plain")
 
 
 def test_products_are_close_to_float64(programs):
@@ -329,8 +335,41 @@ def test_other_illegal_instructions_go_where_they_went(programs):
     done = programs.run("plain", "fault", "other", given=configuration(FULL))
     assert done.returncode == -signal.SIGILL
     assert not done.stderr
-    done = programs.run("trapping", "chained", programs.emulator, given=configuration(FULL), emulated=False)
+    done = programs.run("plain", "chained", given=configuration(FULL))
     assert done.returncode == 7
+
+
+OVERRUN = """
+#include <immintrin.h>
+#include <cstdlib>
+alignas(64) static unsigned char shape[64] = {1};
+int main(int, char** arguments) {
+    shape[16] = 64, shape[48] = 16;
+    auto* memory = static_cast<char*>(malloc(1024));
+    asm volatile("" ::: "memory");
+    _tile_loadconfig(shape);
+    _tile_loadd(0, memory + atoi(arguments[1]), 64);
+    _tile_stored(0, memory + atoi(arguments[2]), 64);
+    _tile_release();
+    free(memory);
+}
+"""
+
+
+def test_address_sanitizer_sees_what_tiles_load_and_store(amx_emulator, tmp_path):
+    sanitized = ("-fsanitize=address", "-g", *TILES)
+    compilers.require(compilers.GCC, sanitized)
+    (tmp_path / "overrun.cpp").write_text(OVERRUN)
+    compilers.run(["g++", *sanitized, tmp_path / "overrun.cpp", "-o", tmp_path / "overrun"])
+    environment = os.environ | {"LD_PRELOAD": str(amx_emulator), "ASAN_OPTIONS": "verify_asan_link_order=0"}
+
+    def run(load: int, store: int):
+        command = [str(tmp_path / "overrun"), str(load), str(store)]
+        return subprocess.run(command, capture_output=True, text=True, env=environment)
+
+    assert run(0, 0).returncode == 0
+    assert "READ of size 64" in run(4, 0).stderr
+    assert "WRITE of size 64" in run(0, -4).stderr
 
 
 # The machine's own tiles.
