@@ -10,9 +10,6 @@
 #pragma once
 #include "products.h"
 
-#if defined(__AVX512BF16__)
-#include <immintrin.h>
-#endif
 #if defined(__AMX_TILE__) && defined(__AMX_BF16__) && defined(__linux__)
 #define HAS_AMX
 #include <immintrin.h>
@@ -92,8 +89,10 @@ INLINE void pair_rows(Pair* to, int64_t to_row, const bfloat16* from, int64_t fr
 INLINE void pair_rows(Pair* to, int64_t to_row, const float* from, int64_t from_row, int64_t rows, int64_t columns) {
   for (int64_t i = 0; i < rows; i += 2)
 #pragma GCC unroll 4
-    for (int64_t j = 0; j < columns; j += LANES)
-      store_pairs(to + i / 2 * to_row + j, pairs_of(load(from + i * from_row + j), load(from + (i + 1) * from_row + j)));
+    for (int64_t j = 0; j < columns; j += LANES) {
+      Vec a = load(from + i * from_row + j), b = load(from + (i + 1) * from_row + j);
+      store_pairs(to + i / 2 * to_row + j, pairs_of(a, b));
+    }
 }
 // The same of rows multiplied by by[row].
 INLINE void pair_scaled_rows(Pair* to, int64_t to_row, const bfloat16* from, int64_t from_row, int64_t rows,
@@ -127,8 +126,10 @@ INLINE void round_rows(bfloat16* to, int64_t to_row, const float* from, int64_t 
                        int64_t columns) {
   for (int64_t i = 0; i < rows; i++)
 #pragma GCC unroll 4
-    for (int64_t j = 0; j < columns; j += 2 * LANES)
-      store_pairs(to + i * to_row + j, consecutive(load(from + i * from_row + j), load(from + i * from_row + j + LANES)));
+    for (int64_t j = 0; j < columns; j += 2 * LANES) {
+      Vec a = load(from + i * from_row + j), b = load(from + i * from_row + j + LANES);
+      store_pairs(to + i * to_row + j, consecutive(a, b));
+    }
 }
 
 // The transpose of a row-major matrix is one of pairs once 4-byte words have changed places, and the other way round.
