@@ -61,6 +61,11 @@ struct Twice<std::integer_sequence<int, I...>> {
 using Both = Twice<std::make_integer_sequence<int, 2 * LANES>>;
 }  // namespace lanes
 
+// Two rows of 2 LANES numbers: the pairs of their first (HALF = 0) or second halves.
+template <int HALF>
+INLINE Words alternating(Words a, Words b) {
+  return (Words)lanes::Both::alternating<HALF>((lanes::Numbers)a, (lanes::Numbers)b);
+}
 // a, then b, rounded: 2 LANES consecutive numbers.
 INLINE Words consecutive(Vec a, Vec b) {
 #if defined(__AVX512BF16__)
@@ -79,10 +84,9 @@ INLINE void pair_rows(Pair* to, int64_t to_row, const bfloat16* from, int64_t fr
   for (int64_t i = 0; i < rows; i += 2)
 #pragma GCC unroll 4
     for (int64_t j = 0; j < columns; j += 2 * LANES) {
-      auto a = (lanes::Numbers)load_pairs(from + i * from_row + j);
-      auto b = (lanes::Numbers)load_pairs(from + (i + 1) * from_row + j);
-      store_pairs(to + i / 2 * to_row + j, (Words)lanes::Both::alternating<0>(a, b));
-      store_pairs(to + i / 2 * to_row + j + LANES, (Words)lanes::Both::alternating<1>(a, b));
+      Words a = load_pairs(from + i * from_row + j), b = load_pairs(from + (i + 1) * from_row + j);
+      store_pairs(to + i / 2 * to_row + j, alternating<0>(a, b));
+      store_pairs(to + i / 2 * to_row + j + LANES, alternating<1>(a, b));
     }
 }
 // The same of float32 numbers.
