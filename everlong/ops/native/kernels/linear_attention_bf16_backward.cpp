@@ -29,7 +29,7 @@ struct Memory {
   // The tokens' numbers, where they are no whole blocks.
   bfloat16 *q, *k, *v, *d_o;
   // A: row by row.
-  bfloat16 *d_o_transposed, *reached_d_o, *stored_keys, *stored_values, *ends_by_value;
+  bfloat16 *d_o_transposed, *reached_d_o, *stored_keys, *ends_by_value;
   bfloat16 *weights_transposed, *d_weights_transposed, *d_weights;
   // B: in pairs.
   Pair *queries_transposed, *d_o_columns, *queries, *reached_queries, *d_o_pairs, *keys, *starts, *ends, *ends_transposed;
@@ -42,7 +42,7 @@ struct Memory {
   Memory(From& from, int64_t wide_keys, int64_t wide_values) {
     int64_t of_keys = CHUNK * wide_keys, of_values = CHUNK * wide_values, of_state = wide_keys * wide_values;
     for (bfloat16** x : {&q, &k, &stored_keys}) *x = from.template take<bfloat16>(of_keys);
-    for (bfloat16** x : {&v, &d_o, &d_o_transposed, &reached_d_o, &stored_values})
+    for (bfloat16** x : {&v, &d_o, &d_o_transposed, &reached_d_o})
       *x = from.template take<bfloat16>(of_values);
     for (bfloat16** x : {&weights_transposed, &d_weights_transposed, &d_weights})
       *x = from.template take<bfloat16>(CHUNK * CHUNK);
@@ -159,7 +159,7 @@ class Head {
     pair_rows(m.queries, keys.wide, q.data, q.row, rows, keys.wide);
     pair_scaled_rows(m.reached_queries, keys.wide, q.data, q.row, rows, keys.wide, m.reach);
     pair_rows(m.d_o_pairs, values.wide, d_o.data, d_o.row, rows, values.wide);
-    scale_rows(m.reached_d_o, values.wide, d_o.data, d_o.row, rows, values.wide, m.reach);
+    if constexpr (!DECAYS) scale_rows(m.reached_d_o, values.wide, d_o.data, d_o.row, rows, values.wide, m.reach);
     pair_rows(m.keys, keys.wide, k.data, k.row, rows, keys.wide);
   }
 
@@ -201,44 +201,48 @@ class Head {
     transpose(m.d_weights + column * CHUNK + row, CHUNK, m.d_weights_pairs + row / 2 * CHUNK + column, CHUNK, BLOCK, BLOCK);
   }
 
-  // to[i] += x_i . block_i, for the channels from c on
-  void add_dots(float* to, Rows of, int64_t t, int64_t c, const float* block) {
+  // block_i *= by_i; dots_i += x_i . block_i, for the channels from c on
+  void fade(float* block, const float* by, float* dots, Rows of, int64_t t, int64_t c) {
     for (int64_t i = 0; i < BLOCK; i++) {
       Vec dot = zeros();
 #pragma GCC unroll 8
-      for (int64_t j = 0; j < BLOCK; j += LANES) dot += load(of.data + (t + i) * of.row + c + j) * load(block + i * BLOCK + j);
-      to[t + i] += sum(dot);
+      for (int64_t j = 0; j < BLOCK; j += LANES) {
+        Vec faded = load(block + i * BLOCK + j) * by[t + i];
+        dot += load(of.data + (t + i) * of.row + c + j) * faded;
+        ::store(block + i * BLOCK + j, faded);
+      }
+      dots[t + i] += sum(dot);
     }
   }
 
-  // One block of dQ, dK or dV: what comes through the state and what comes from the chunk.
-  void gradient(const Tensor& to, Channels channels, int64_t t, int64_t c, Product far, Product near, float* dots, Rows of) {
-    if (DECAYS && dots) {
+  // One block of dQ or dK, the gradient of `of`: what comes through the state, which fades, and what from the chunk.
+  void gradient(const Tensor& to, int64_t t, int64_t c, Product far, Product near, const float* by, float* dots, Rows of) {
+    if constexpr (DECAYS) {
       multiply(m.products, BLOCK, BLOCK, BLOCK, far);
-      add_dots(dots, of, t, c, m.products);
+      fade(m.products, by, dots, of, t, c);
       multiply<Into::result>(m.products, BLOCK, BLOCK, BLOCK, near);
     } else {
       multiply(m.products, BLOCK, BLOCK, BLOCK, far, near);
     }
-    write_block(to, at, head, channels, t, c, m.products, 1.0f);
+    write_block(to, at, head, keys, t, c, m.products, 1.0f);
   }
 
   void gradients(const Pair* start) {
     int64_t rows = at.rows();
+    Rows reached = DECAYS ? d_o : Rows{m.reached_d_o, values.wide}, stored = DECAYS ? Rows{m.stored_keys, keys.wide} : k;
     for (int64_t t = 0; t < rows; t += BLOCK) {
       for (int64_t c = 0; c < keys.wide; c += BLOCK) {
-        gradient(x.d_q, keys, t, c, {m.reached_d_o + t * values.wide, values.wide, start + c, keys.wide, values.wide},
-                 {m.d_weights + t * CHUNK, CHUNK, m.keys + c, keys.wide, t + BLOCK}, m.reached, q);
-        Rows stored = DECAYS ? Rows{m.stored_values, values.wide} : v;
-        gradient(x.d_k, keys, t, c, {stored.data + t * stored.row, stored.row, m.ends_transposed + c, keys.wide, values.wide},
+        gradient(x.d_q, t, c, {reached.data + t * reached.row, reached.row, start + c, keys.wide, values.wide},
+                 {m.d_weights + t * CHUNK, CHUNK, m.keys + c, keys.wide, t + BLOCK}, m.reach, m.reached, q);
+        gradient(x.d_k, t, c, {v.data + t * v.row, v.row, m.ends_transposed + c, keys.wide, values.wide},
                  {m.d_weights_transposed + t * CHUNK + t, CHUNK, m.queries + t / 2 * keys.wide + c, keys.wide, rows - t},
-                 m.stored, k);
+                 m.store, m.stored, k);
       }
       for (int64_t c = 0; c < values.wide; c += BLOCK) {
-        Rows stored = DECAYS ? Rows{m.stored_keys, keys.wide} : k;
-        gradient(x.d_v, values, t, c, {stored.data + t * stored.row, stored.row, m.ends + c, values.wide, keys.wide},
-                 {m.weights_transposed + t * CHUNK + t, CHUNK, m.d_o_pairs + t / 2 * values.wide + c, values.wide, rows - t},
-                 nullptr, v);
+        Product far{stored.data + t * stored.row, stored.row, m.ends + c, values.wide, keys.wide};
+        Product near{m.weights_transposed + t * CHUNK + t, CHUNK, m.d_o_pairs + t / 2 * values.wide + c, values.wide, rows - t};
+        multiply(m.products, BLOCK, BLOCK, BLOCK, far, near);
+        write_block(x.d_v, at, head, values, t, c, m.products, 1.0f);
       }
     }
   }
@@ -271,7 +275,6 @@ class Head {
     pack();
     if constexpr (DECAYS) {
       scale_rows(m.stored_keys, keys.wide, k.data, k.row, rows, keys.wide, m.store);
-      scale_rows(m.stored_values, values.wide, v.data, v.row, rows, values.wide, m.store);
       for (float* sums : {m.received, m.reached, m.stored}) std::memset(sums, 0, CHUNK * sizeof *sums);
       std::memset(m.sent, 0, CHUNK * LANES * sizeof *m.sent);
     }
