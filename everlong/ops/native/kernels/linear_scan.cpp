@@ -9,7 +9,6 @@ namespace {
 
 // Real numbers, one lane each.
 struct Real {
-  static constexpr int PARTS = 1;
   Vec numbers;
   static INLINE Real nothing() { return {zeros()}; }
   template <class Number>
@@ -23,7 +22,6 @@ struct Real {
 
 // Complex numbers, stored as pairs: half as many as lanes.
 struct Complex {
-  static constexpr int PARTS = 2;
   Vec numbers;  // re, im, re, im, ...
   static INLINE Complex nothing() { return {zeros()}; }
   template <class Number>
