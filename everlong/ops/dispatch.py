@@ -70,7 +70,7 @@ TABLE: dict[str, tuple[Implementation, ...]] = {
     "delta_rule": _backends("delta", "delta_rule"),
     "dplr": _backends("delta", "dplr"),
     "linear_scan": _backends("scan", "linear_scan", native="linear_scan"),
-    "selective_scan": _backends("scan", "selective_scan"),
+    "selective_scan": _backends("scan", "selective_scan", native="selective_scan"),
     "causal_conv1d": _backends("scan", "causal_conv1d"),
     # The same over trees of tokens (`parents`), with `tree`, a Tree, for `cu_seqlens`.
     "softmax_attention_tree": _backends("tree_attention", "softmax_attention_tree"),
