@@ -71,7 +71,7 @@ TABLE: dict[str, tuple[Implementation, ...]] = {
     "dplr": _backends("delta", "dplr"),
     "linear_scan": _backends("scan", "linear_scan", native="linear_scan"),
     "selective_scan": _backends("scan", "selective_scan", native="selective_scan"),
-    "causal_conv1d": _backends("scan", "causal_conv1d"),
+    "causal_conv1d": _backends("scan", "causal_conv1d", native="causal_conv1d"),
 }
 
 # A plain variable: torch.compile cannot follow a ContextVar.
