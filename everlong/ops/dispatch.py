@@ -71,7 +71,7 @@ TABLE: dict[str, tuple[Implementation, ...]] = {
     "dplr": _backends("delta", "dplr"),
     "linear_scan": _backends("scan", "linear_scan", native="linear_scan"),
     "selective_scan": _backends("scan", "selective_scan", native="selective_scan"),
-    "causal_conv1d": _backends("scan", "causal_conv1d"),
+    "causal_conv1d": _backends("scan", "causal_conv1d", native="causal_conv1d"),
     # The same over trees of tokens (`parents`), with `tree`, a Tree, for `cu_seqlens`.
     "softmax_attention_tree": _backends("tree_attention", "softmax_attention_tree"),
     "linear_attention_tree": _backends("tree_memory", "linear_attention_tree"),
@@ -134,7 +134,8 @@ def _target(operator: str, backend: str, device: str, dtype: torch.dtype, asked:
     choice = _decide(operator, backend, device, dtype, asked, build=True)
     found = choice.implementation
     if found.target not in _functions:
-        _functions[found.target] = found.load()
+        # All at once: what is added after the compiler has looked into `_functions`, it does not see.
+        _functions.update({other.target: other.load() for others in TABLE.values() for other in others})
     if choice.warning:
         _warn(choice.warning)
     return found.target

@@ -93,7 +93,7 @@ def _compute_backward(
     d_y: Tensor | None,
     d_last: Tensor | None,
     softplus: bool,
-    sequences: int,
+    sequences: int | torch.SymInt,
 ) -> tuple[Tensor, ...]:
     (rows, length, channels), states = u.shape, A.shape[1]
     gradients = _shapes_backward(u, dt, A, B, C, D, z, dt_bias, before, cu_seqlens, d_y, d_last, softplus, sequences)
@@ -126,7 +126,7 @@ def _shapes_backward(
     d_y: Tensor | None,
     d_last: Tensor | None,
     softplus: bool,
-    sequences: int,
+    sequences: int | torch.SymInt,
 ) -> tuple[Tensor, ...]:
     # Where there is no D, z or dt_bias, their gradients are empty.
     made = (x.new_empty(x.shape) if x is not None else u.new_empty(0) for x in (u, dt, A, B, C, D, z, dt_bias))

@@ -44,6 +44,11 @@ INLINE int64_t blocks_of(const Arguments& x) {
   return (x.channels + LANES - 1) / LANES;
 }
 
+template <class Arguments>
+INLINE bool large(const Arguments& x) {
+  return (x.cu_seqlens ? 1 : x.sequences) * x.length * x.channels >= 1 << 20;
+}
+
 // The first piece of sequence n among those of all: none shares a piece with another.
 template <class Arguments>
 INLINE int64_t first_piece(const Arguments& x, int64_t n, Sequence s) {
@@ -89,20 +94,28 @@ INLINE void write_block(const Tensor& to, int64_t n, int64_t channel, int64_t co
   }
 }
 
-// LANES channels of the tokens from t on, of a [B, T, D] tensor.
-INLINE void read_tokens(float* to, const Tensor& from, int64_t row, int64_t t, int64_t channel, int64_t steps, int64_t count) {
+// LANES channels of the tokens from t on, of a [B, T, D] tensor. Rows lie far apart, which no processor foresees: so those
+// of the piece that comes next, `ahead` tokens from here, are asked for at the same time.
+INLINE void read_tokens(float* to, const Tensor& from, int64_t row, int64_t t, int64_t channel, int64_t steps, int64_t count,
+                        int64_t ahead) {
   with_type(from, [&](auto number) {
     auto* data = from.at<decltype(number)>(row, t, channel);
+    int64_t stride = from.stride[1];
     for (int64_t i = 0; i < steps; i++) {
-      __builtin_prefetch(data + i * from.stride[1] + 2 * LANES);
-      store(to + i * LANES, load_some(data + i * from.stride[1], count));
+      __builtin_prefetch(data + (i + ahead) * stride, 0, 2);
+      store(to + i * LANES, load_some(data + i * stride, count));
     }
   });
 }
-INLINE void write_tokens(const Tensor& to, int64_t row, int64_t t, int64_t channel, int64_t steps, int64_t count, const float* from) {
+INLINE void write_tokens(const Tensor& to, int64_t row, int64_t t, int64_t channel, int64_t steps, int64_t count,
+                         const float* from, bool large) {
   with_type(to, [&](auto number) {
     auto* data = to.at<decltype(number)>(row, t, channel);
-    for (int64_t i = 0; i < steps; i++) store_some(data + i * to.stride[1], load(from + i * LANES), count);
+    bool past = large && count >= LANES && reinterpret_cast<uintptr_t>(data) % sizeof(Vec) == 0 && to.stride[1] % LANES == 0;
+    for (int64_t i = 0; i < steps; i++) {
+      Vec x = load(from + i * LANES);
+      past ? stream(data + i * to.stride[1], x) : store_some(data + i * to.stride[1], x, count);
+    }
   });
 }
 INLINE void read_projections(float* to, const Tensor& from, int64_t row, int64_t t, int64_t steps, int64_t states) {
@@ -178,9 +191,12 @@ void forward(const Forward& x, int64_t n, int64_t channel, int64_t count) {
     read_projections(C, x.C, s.row, t, steps, N);
     for_blocks([&](int64_t k, int64_t at, int64_t some) {
       Constants constant(constants + k * Constants::size(N), N);
-      if (x.before) std::memcpy(x.before.at<float>((piece * blocks_of(x) + at / LANES) * size), h + k * size, 4 * size);
-      read_tokens(u, x.u, s.row, t, at, steps, some);
-      read_tokens(step, x.dt, s.row, t, at, steps, some);
+      if (x.before) {
+        float* kept = x.before.at<float>((piece * blocks_of(x) + at / LANES) * size);
+        for (int64_t i = 0; i < size; i += LANES) stream(kept + i, load(h + k * size + i));
+      }
+      read_tokens(u, x.u, s.row, t, at, steps, some, STEPS);
+      read_tokens(step, x.dt, s.row, t, at, steps, some, STEPS);
       Vec bias = load(constant.bias), skip = load(constant.skip);
       for (int64_t i = 0; i < steps * LANES; i += LANES) {
         Vec dt = load(step + i) + bias;
@@ -193,10 +209,10 @@ void forward(const Forward& x, int64_t n, int64_t channel, int64_t count) {
         advance<COUNT>(h + k * size + first * LANES, constant.decay + first * LANES, B + first, C + first, N, step, input, y, steps);
       });
       if (x.z) {
-        read_tokens(z, x.z, s.row, t, at, steps, some);
+        read_tokens(z, x.z, s.row, t, at, steps, some, STEPS);
         for (int64_t i = 0; i < steps * LANES; i += LANES) store(y + i, load(y + i) * (load(z + i) * sigmoid(load(z + i))));
       }
-      write_tokens(x.y, s.row, t, at, steps, some, y);
+      write_tokens(x.y, s.row, t, at, steps, some, y, large(x));
     });
   }
   for_blocks([&](int64_t k, int64_t at, int64_t some) { write_block(x.last, n, at, some, N, h + k * size); });
@@ -277,10 +293,10 @@ void turn_back(float* d_states, float* d_decay, const float* decay, const float*
 // Reads a block's tokens and computes all that does not depend on the states.
 void begin(const Backward& x, const Piece& p, const Constants& constant, int64_t row, int64_t t, int64_t channel,
            int64_t steps, int64_t count) {
-  read_tokens(p.u, x.u, row, t, channel, steps, count);
-  read_tokens(p.step, x.dt, row, t, channel, steps, count);
-  read_tokens(p.d_sum, x.d_y, row, t, channel, steps, count);
-  if (x.z) read_tokens(p.d_gate, x.z, row, t, channel, steps, count);
+  read_tokens(p.u, x.u, row, t, channel, steps, count, -STEPS);
+  read_tokens(p.step, x.dt, row, t, channel, steps, count, -STEPS);
+  read_tokens(p.d_sum, x.d_y, row, t, channel, steps, count, -STEPS);
+  if (x.z) read_tokens(p.d_gate, x.z, row, t, channel, steps, count, -STEPS);
   Vec bias = load(constant.bias), skip = load(constant.skip);
   for (int64_t i = 0; i < steps * LANES; i += LANES) {
     Vec raw = load(p.step + i) + bias, u = load(p.u + i);
@@ -314,9 +330,9 @@ void finish(const Backward& x, const Piece& p, const Constants& constant, int64_
   }
   store(d_skip, of_skip);
   store(d_bias, of_bias);
-  write_tokens(x.d_u, row, t, channel, steps, count, p.d_input);
-  write_tokens(x.d_dt, row, t, channel, steps, count, p.d_exponent);
-  if (x.z) write_tokens(x.d_z, row, t, channel, steps, count, p.d_gate);
+  write_tokens(x.d_u, row, t, channel, steps, count, p.d_input, large(x));
+  write_tokens(x.d_dt, row, t, channel, steps, count, p.d_exponent, large(x));
+  if (x.z) write_tokens(x.d_z, row, t, channel, steps, count, p.d_gate, large(x));
 }
 
 // to[i] = the sum of the lanes of vector i.
@@ -362,6 +378,7 @@ void backward(const Backward& x, int64_t n, int64_t group) {
       Constants constant(constants + k * Constants::size(N), N);
       const float* h = x.before.at<float>(((first_piece(x, n, s) + i) * blocks_of(x) + at / LANES) * size);
       float* of_channels = sums_of_channels + k * (N + 2) * LANES;
+      for (int64_t j = 0; j < size; j += LANES) __builtin_prefetch(h + j - blocks_of(x) * size, 0, 2);
       begin(x, p, constant, s.row, t, at, steps, some);
       for_states(N, [&]<int COUNT>(int64_t first) {
         int64_t from = first * LANES;
