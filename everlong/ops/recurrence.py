@@ -55,7 +55,7 @@ def linear_attention(
         initial_state: S before the first token; with `normalize` the pair (S, z).
         cu_seqlens: the bounds of N sequences that are packed in one row (B = 1).
         form: "parallel" (T x T weights), "chunk", "recurrent", or "auto".
-        backend: "reference", "torch", or "auto".
+        backend: "reference", "torch", "native", or "auto".
 
     Returns:
         o in the dtype of `v`, and the state, float32 (float64 for float64 inputs); with `normalize` the pair (S, z).
@@ -82,7 +82,7 @@ def linear_attention(
         raise ValueError(
             "`log_decay` and `bonus` need an order of tokens: got causal=False; drop them or use causal=True"
         )
-    run = choose("linear_attention", backend, v)
+    run = choose("linear_attention", backend, v, form=form)
     result: tuple[Tensor, State] = run(
         q,
         k,
