@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from everlong.ops.chunks import Size
 from everlong.ops.native.call import call
 from everlong.ops.native.register import differentiate, register
 from everlong.ops.recurrence import State, linear_attention_torch
@@ -91,7 +92,7 @@ def _shapes(
     (batch, length, heads, values), keys = v.shape, q.shape[3]
     sequences, slots = _sequences(v, cu_seqlens), _slots(v, cu_seqlens) if keep else 0
 
-    def empty(*shape: int) -> Tensor:
+    def empty(*shape: Size) -> Tensor:
         return v.new_empty(shape, dtype=torch.float32)
 
     return (
@@ -124,8 +125,10 @@ def _compute_backward(
     (batch, length, heads, values), keys, shared = v.shape, q.shape[3], q.shape[2]
     sequences, slots = _sequences(v, cu_seqlens), _slots(v, cu_seqlens)
 
-    def room(*shape: int, like: Tensor | None = None) -> Tensor:
-        return v.new_empty(shape, dtype=torch.bfloat16 if like is not None and like.dtype == torch.bfloat16 else torch.float32)
+    def room(*shape: Size, like: Tensor | None = None) -> Tensor:
+        return v.new_empty(
+            shape, dtype=torch.bfloat16 if like is not None and like.dtype == torch.bfloat16 else torch.float32
+        )
 
     # Heads write their own part of what they share, groups of tokens that of what all tokens share; added up below.
     d_q, d_k = (room(batch, length, heads, keys, like=x if heads == shared else None) for x in (q, k))
@@ -146,7 +149,7 @@ def _compute_backward(
         log_decay is not None and log_decay.dim() == 1,
     )
     if heads != shared:
-        d_q, d_k = (x.unflatten(2, (shared, -1)).sum(3) for x in (d_q, d_k))
+        d_q, d_k = (torch.unflatten(x, 2, (shared, -1)).sum(3) for x in (d_q, d_k))
     if log_decay is not None and d_log_decay is not None and log_decay.dim() == 1:
         d_log_decay = d_log_decay.sum(0)
     found = (d_q, d_k, d_v, d_log_decay, None if d_bonus is None else d_bonus.sum(0))
@@ -196,7 +199,7 @@ def _inputs(
         decay = 2 if log_decay.dim() == 4 else 1
         log_decay = log_decay.expand(v.shape[:3]) if log_decay.dim() == 1 else log_decay
     tensors = (x if x is None else _rows(x) for x in (q, k, v, log_decay, bonus))
-    sizes = (_sequences(v, cu_seqlens), length, heads, q.shape[2], keys, values)
+    sizes = (int(_sequences(v, cu_seqlens)), length, heads, q.shape[2], keys, values)
     return *tensors, cu_seqlens, *sizes, decay, int(normalize), float(scale), torch.get_num_threads()
 
 
@@ -210,11 +213,11 @@ def _float32(x: Tensor | None) -> Tensor | None:
     return None if x is None else _rows(x.float())
 
 
-def _sequences(v: Tensor, cu_seqlens: Tensor | None) -> int:
+def _sequences(v: Tensor, cu_seqlens: Tensor | None) -> Size:
     return v.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
 
 
-def _slots(v: Tensor, cu_seqlens: Tensor | None) -> int:
+def _slots(v: Tensor, cu_seqlens: Tensor | None) -> Size:
     """How many groups of tokens there are at most."""
     return v.shape[0] * v.shape[1] // GROUP + _sequences(v, cu_seqlens)
 
@@ -247,7 +250,9 @@ def _gradient(context: Any, d_o: Tensor | None, d_last: Tensor | None, d_total: 
     saved = context.saved_tensors
     *found, d_state, d_first_total = _backward(*saved, d_o, d_last, d_total, context.scale, context.normalize)
     found = [x if given is not None else None for x, given in zip(found, saved, strict=False)]
-    states = (x if kind is None else x.to(kind) for x, kind in zip((d_state, d_first_total), context.types, strict=True))
+    states = (
+        x if kind is None else x.to(kind) for x, kind in zip((d_state, d_first_total), context.types, strict=True)
+    )
     return *found, *(None if kind is None else x for x, kind in zip(states, context.types, strict=True)), *(None,) * 4
 
 

@@ -24,17 +24,20 @@ void read_state(float* o, const Block& b, const float* state) {
   });
 }
 
-// S <- total S + writing^T v
+// S <- total S + writing^T v; the block's own part is summed first, lest each small addition to a large state be rounded
 void move_state(float* state, const Block& b) {
   for_tiles(b.keys, b.values, [&]<int ROWS, int WIDTH>(int64_t d, int64_t j) {
     Tile<ROWS, WIDTH> tile;
-    tile.load(state + d * b.values + j, b.values);
-    if (b.in.decay != Decay::none)
-      for (int i = 0; i < ROWS; i++)
-        for (int n = 0; n < WIDTH; n++)
-          tile.at[i][n] = tile.at[i][n] * b.keep[d + i] + tile.at[i][n] * b.change[d + i];
+    tile.clear();
     tile.add_product({b.writing + d, 1, b.keys}, b.v + j, b.values, BLOCK);
-    tile.store(state + d * b.values + j, b.values);
+    float* at = state + d * b.values + j;
+#pragma GCC unroll 16
+    for (int i = 0; i < ROWS; i++)
+#pragma GCC unroll 16
+      for (int n = 0; n < WIDTH; n++) {
+        Vec before = load(at + i * b.values + n * LANES);
+        store(at + i * b.values + n * LANES, grown(before, tile.at[i][n], broadcast(b.keep[d + i]), broadcast(b.change[d + i])));
+      }
   });
 }
 

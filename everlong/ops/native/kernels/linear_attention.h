@@ -140,6 +140,8 @@ struct Growth {
   }
 };
 
+INLINE Vec grown(Vec x, Vec more, Vec keep, Vec change) { return x * keep + (x * change + more); }
+
 // BLOCK tokens of one head in float32.
 struct Block {
   const Inputs& in;
@@ -177,8 +179,8 @@ struct Block {
     reach = scratch.take(factors);
     rest = scratch.take(factors);
     std::fill(bonus, bonus + keys, 1.0f);
-    std::fill(keep, keep + keys, 0.0f);
-    std::fill(change, change + keys, 1.0f);
+    std::fill(keep, keep + keys, 1.0f);
+    std::fill(change, change + keys, 0.0f);
   }
 
   void use_head(int64_t head) {

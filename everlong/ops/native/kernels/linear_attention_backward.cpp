@@ -73,14 +73,17 @@ struct Gradients {
 INLINE void grow(float* to, const float* from, const Block& b, const float* left, const float* right) {
   for_tiles(b.values, b.keys, [&]<int ROWS, int WIDTH>(int64_t j, int64_t d) {
     Tile<ROWS, WIDTH> tile;
-    tile.load(from + j * b.keys + d, b.keys);
-    if (b.in.decay != Decay::none)
-      for (int n = 0; n < WIDTH; n++) {
-        Vec keep = load(b.keep + d + n * LANES), change = load(b.change + d + n * LANES);
-        for (int i = 0; i < ROWS; i++) tile.at[i][n] = tile.at[i][n] * keep + tile.at[i][n] * change;
-      }
+    tile.clear();
     tile.add_product({left + j, 1, b.values}, right + d, b.keys, BLOCK);
-    tile.store(to + j * b.keys + d, b.keys);
+#pragma GCC unroll 16
+    for (int n = 0; n < WIDTH; n++) {
+      Vec keep = load(b.keep + d + n * LANES), change = load(b.change + d + n * LANES);
+#pragma GCC unroll 16
+      for (int i = 0; i < ROWS; i++) {
+        int64_t at = (j + i) * b.keys + d + n * LANES;
+        store(to + at, grown(load(from + at), tile.at[i][n], keep, change));
+      }
+    }
   });
 }
 
