@@ -48,9 +48,51 @@ def linear_attention_native(
         )
     state, total = initial_state if isinstance(initial_state, tuple) else (initial_state, None)
     inputs = (q, k, v, log_decay, bonus, state, total)
-    keep = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
-    o, last, last_total, *_ = _forward(*inputs, cu_seqlens, scale, normalize, keep)
+    differentiable = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
+    run = _forward if differentiable else _inference
+    o, last, last_total, *_ = run(*inputs, cu_seqlens, scale, normalize)
     return o, (last, last_total) if normalize else last
+
+
+def _compute_inference(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor | None,
+    bonus: Tensor | None,
+    state: Tensor | None,
+    total: Tensor | None,
+    cu_seqlens: Tensor | None,
+    scale: float,
+    normalize: bool,
+) -> tuple[Tensor, ...]:
+    check_bounds(v.shape[1], cu_seqlens)
+    results = _shapes_inference(q, k, v, log_decay, bonus, state, total, cu_seqlens, scale, normalize)
+    inputs = _inputs(q, k, v, log_decay, bonus, cu_seqlens, scale, normalize)
+    call("linear_attention_forward", *inputs, _float32(state), _float32(total), *results, None, None, None)
+    return results
+
+
+def _shapes_inference(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor | None,
+    bonus: Tensor | None,
+    state: Tensor | None,
+    total: Tensor | None,
+    cu_seqlens: Tensor | None,
+    scale: float,
+    normalize: bool,
+) -> tuple[Tensor, ...]:
+    """o and the last S and z (empty where it is not needed)."""
+    sequences, (_, _, heads, values), keys = _sequences(v, cu_seqlens), v.shape, q.shape[3]
+    last = v.new_empty((sequences, heads, keys, values), dtype=torch.float32)
+    return (
+        torch.empty_like(v, memory_format=torch.contiguous_format),
+        last,
+        last.new_empty((sequences if normalize else 0, heads, keys)),
+    )
 
 
 def _compute(
@@ -64,14 +106,11 @@ def _compute(
     cu_seqlens: Tensor | None,
     scale: float,
     normalize: bool,
-    keep: bool,
 ) -> tuple[Tensor, ...]:
     check_bounds(v.shape[1], cu_seqlens)
-    results = _shapes(q, k, v, log_decay, bonus, state, total, cu_seqlens, scale, normalize, keep)
-    o, last, last_total, denominator, starts, starts_total = results
+    results = _shapes(q, k, v, log_decay, bonus, state, total, cu_seqlens, scale, normalize)
     inputs = _inputs(q, k, v, log_decay, bonus, cu_seqlens, scale, normalize)
-    states = (_float32(state), _float32(total), o, last, last_total, denominator)
-    call("linear_attention_forward", *inputs, *states, *((starts, starts_total) if keep else (None, None)))
+    call("linear_attention_forward", *inputs, _float32(state), _float32(total), *results)
     return results
 
 
@@ -86,23 +125,13 @@ def _shapes(
     cu_seqlens: Tensor | None,
     scale: float,
     normalize: bool,
-    keep: bool,
 ) -> tuple[Tensor, ...]:
-    """o, the last state S and z, the denominators, and S and z before groups of tokens (empty what is not needed)."""
-    (batch, length, heads, values), keys = v.shape, q.shape[3]
-    sequences, slots = _sequences(v, cu_seqlens), _slots(v, cu_seqlens) if keep else 0
-
-    def empty(*shape: Size) -> Tensor:
-        return v.new_empty(shape, dtype=torch.float32)
-
-    return (
-        v.new_empty(v.shape),
-        empty(sequences, heads, keys, values),
-        empty(sequences if normalize else 0, heads, keys),
-        empty(batch if normalize else 0, length, heads),
-        empty(slots, heads, keys, values),
-        empty(slots if normalize else 0, heads, keys),
-    )
+    """The same, and what the backward pass needs: the denominators, and S and z before groups of tokens."""
+    (batch, length, heads, values), keys, slots = v.shape, q.shape[3], _slots(v, cu_seqlens)
+    o, last, last_total = _shapes_inference(q, k, v, log_decay, bonus, state, total, cu_seqlens, scale, normalize)
+    denominator = last.new_empty((batch if normalize else 0, length, heads))
+    starts = last.new_empty((slots, heads, keys, values))
+    return o, last, last_total, denominator, starts, last.new_empty((slots if normalize else 0, heads, keys))
 
 
 def _compute_backward(
@@ -222,11 +251,16 @@ def _slots(v: Tensor, cu_seqlens: Tensor | None) -> Size:
     return v.shape[0] * v.shape[1] // GROUP + _sequences(v, cu_seqlens)
 
 
+_ARGUMENTS = (
+    "Tensor q, Tensor k, Tensor v, Tensor? log_decay, Tensor? bonus, Tensor? state, Tensor? total, "
+    "Tensor? cu_seqlens, float scale, bool normalize"
+)
+# One that has no gradient and keeps nothing for it: half the cost of a call, which is most of that of a decoding step.
+_inference = register(
+    f"linear_attention_inference({_ARGUMENTS}) -> (Tensor, Tensor, Tensor)", _compute_inference, _shapes_inference
+)
 _forward = register(
-    "linear_attention(Tensor q, Tensor k, Tensor v, Tensor? log_decay, Tensor? bonus, Tensor? state, Tensor? total, "
-    "Tensor? cu_seqlens, float scale, bool normalize, bool keep) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-    _compute,
-    _shapes,
+    f"linear_attention({_ARGUMENTS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)", _compute, _shapes
 )
 _backward = register(
     "linear_attention_backward(Tensor q, Tensor k, Tensor v, Tensor? log_decay, Tensor? bonus, Tensor? cu_seqlens, "
@@ -238,7 +272,7 @@ _backward = register(
 
 
 def _save(context: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    q, k, v, log_decay, bonus, state, total, cu_seqlens, context.scale, context.normalize, _ = inputs
+    q, k, v, log_decay, bonus, state, total, cu_seqlens, context.scale, context.normalize = inputs
     o, _, _, denominator, starts, starts_total = output
     o = o if context.normalize else o.new_empty(0)
     context.mark_non_differentiable(denominator, starts, starts_total)
@@ -253,7 +287,7 @@ def _gradient(context: Any, d_o: Tensor | None, d_last: Tensor | None, d_total: 
     states = (
         x if kind is None else x.to(kind) for x, kind in zip((d_state, d_first_total), context.types, strict=True)
     )
-    return *found, *(None if kind is None else x for x, kind in zip(states, context.types, strict=True)), *(None,) * 4
+    return *found, *(None if kind is None else x for x, kind in zip(states, context.types, strict=True)), *(None,) * 3
 
 
 differentiate(_forward, _gradient, _save)

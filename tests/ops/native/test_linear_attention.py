@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from everlong.ops import linear_attention
-from everlong.ops.native.linear_attention import _backward, _forward
+from everlong.ops.native.linear_attention import _backward, _forward, _inference
 
 DECAYS = ("none", "head", "token", "channel")
 PACKED = torch.tensor([0, 0, 3, 4, 40, 42, 42, 60, 200])
@@ -197,23 +197,25 @@ def test_torch_knows_the_operators(decay):
     for normalize in (False, True):
         given = inputs(20, decay, bonus=True, normalize=normalize)
         leaves = {name: x if x is None else x.requires_grad_() for name, x in given.items()}
-        arguments = (*leaves.values(), 0.5, normalize, True)
-        torch.library.opcheck(_forward, arguments)
+        torch.library.opcheck(_forward, (*leaves.values(), 0.5, normalize))
         q, k, v, log_decay, bonus, state, total, cu_seqlens = (x if x is None else x.detach() for x in leaves.values())
-        o, _, _, *saved = _forward(q, k, v, log_decay, bonus, state, total, cu_seqlens, 0.5, normalize, True)
+        plain = (q, k, v, log_decay, bonus, state, total, cu_seqlens, 0.5, normalize)
+        torch.library.opcheck(_inference, plain)
+        o, _, _, *saved = _forward(*plain)
         gradients = (torch.randn_like(o), torch.randn_like(state), None if total is None else torch.randn_like(total))
         torch.library.opcheck(_backward, (q, k, v, log_decay, bonus, cu_seqlens, o, *saved, *gradients, 0.5, normalize))
 
 
-def test_without_gradients_no_states_are_kept():
-    given = inputs(300, "token")
-    given.pop("total")
-    given["initial_state"] = given.pop("state")
-    o, *_, starts, _ = _forward(
-        *(given[name] for name in ("q", "k", "v", "log_decay", "bonus", "initial_state")), None, None, 0.5, False, False
-    )
-    assert o.shape == given["v"].shape
-    assert starts.numel() == 0
+@pytest.mark.parametrize("length", [3, 40])
+def test_without_gradients_it_gives_the_same(length):
+    given = inputs(length, "channel", bonus=True, normalize=True)
+    o, state = run(**given)
+    q = given["q"].clone().requires_grad_()
+    other, last = run(**given | {"q": q})
+    assert torch.equal(o, other)
+    assert all(torch.equal(*pair) for pair in zip(state, last, strict=True))
+    with torch.no_grad():
+        assert torch.equal(run(**given | {"q": q})[0], o)
 
 
 def test_bad_bounds_are_refused_before_the_kernel_runs():

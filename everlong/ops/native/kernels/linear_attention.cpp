@@ -9,8 +9,8 @@ struct Forward {
   Inputs in;
   Tensor state, total;            // [N, H, K, V] and [N, H, K], or none
   Tensor o, last, last_total;     // [B, T, H, V], and the states after the last token
-  Tensor denominator;             // [B, T, H]: q^T z, with `normalize`
-  Tensor starts, starts_total;    // [slots, H, K, V] and [slots, H, K]: the states before groups of tokens; none
+  Tensor denominator;             // [B, T, H]: q^T z, with `normalize`; or none
+  Tensor starts, starts_total;    // [slots, H, K, V] and [slots, H, K]: the states before groups of tokens; or none
 };
 
 // o = reading S + weights v; weights past the diagonal are not touched: what they would weigh may be infinite.
@@ -47,7 +47,7 @@ void normalize(float* o, const Block& b, const Forward& x, const Sequence& s, co
     float* row = o + i * b.values;
     float by = row[team.columns], inverse = by == 0 ? 0 : 1 / by;
     for (int64_t j = 0; j < b.values; j += LANES) store(row + j, by == 0 ? zeros() : load(row + j) * inverse);
-    if (team.first == 0) *x.denominator.at<float>(s.row, t + i, head) = by;
+    if (x.denominator && team.first == 0) *x.denominator.at<float>(s.row, t + i, head) = by;
   }
 }
 
@@ -82,69 +82,77 @@ void in_blocks(const Forward& x, const Team& team, const Sequence& s) {
 
 // Up to FEW tokens of one head in float32.
 struct Steps {
-  bool early;            // the state is read before the token's own decay and pair, which counts by the bonus
-  int64_t keys, values;  // rounded up
-  float *q, *k, *a, *v;  // [tokens, keys] thrice and [tokens, values]; a is e^g
-  float own[FEW];        // q^T diag(u) k
-  float* o;              // [tokens, values]
+  int64_t channels, keys, values;  // as given; rounded up
+  float *q, *k, *a, *v;            // [tokens, keys] thrice and [tokens, values]; a is e^g
+  float own[FEW];                  // q^T diag(u) k, with a bonus
+  float* o;                        // [tokens, values]
 };
 
-// Some columns of one head's state, from `state` to `last` on their way through the registers.
-template <int COUNT, int WIDTH>
-INLINE void step(const Steps& x, const float* state, int64_t state_row, float* last, int64_t last_row, int64_t keys,
-                 int64_t first, int64_t columns) {
+// Columns of one head's state (`left` of them from the first, where they are no WHOLE vectors) on their way through the
+// registers. EARLY, with a bonus, reads the state before the token's own decay and pair.
+template <int COUNT, int WIDTH, bool EARLY, bool WHOLE>
+void step(const Steps& x, const float* from, int64_t from_row, float* to, int64_t to_row, int64_t first, int64_t left) {
+  const float *q = x.q, *k = x.k, *a = x.a;
+  int64_t channels = x.channels, keys = x.keys, values = x.values;
   Vec value[COUNT][WIDTH], sum[COUNT][WIDTH];
 #pragma GCC unroll 4
   for (int t = 0; t < COUNT; t++)
 #pragma GCC unroll 4
     for (int j = 0; j < WIDTH; j++) {
-      value[t][j] = load(x.v + t * x.values + first + j * LANES);
-      sum[t][j] = x.early ? value[t][j] * x.own[t] : zeros();
+      value[t][j] = load(x.v + t * values + first + j * LANES);
+      sum[t][j] = EARLY ? value[t][j] * x.own[t] : zeros();
     }
-  for (int64_t d = 0; d < keys; d++)
+  for (int64_t d = 0; d < channels; d++)
 #pragma GCC unroll 4
     for (int j = 0; j < WIDTH; j++) {
-      int64_t at = first + j * LANES, left = columns - at;
-      Vec s = state ? load_some(state + d * state_row + at, left) : zeros();
+      const float* here = from + d * from_row + j * LANES;
+      Vec s = WHOLE ? load(here) : load_some(here, left);
 #pragma GCC unroll 4
       for (int t = 0; t < COUNT; t++) {
-        Vec before = s;
-        s = s * x.a[t * x.keys + d] + value[t][j] * x.k[t * x.keys + d];
-        sum[t][j] += (x.early ? before : s) * x.q[t * x.keys + d];
+        if (EARLY) sum[t][j] += s * q[t * keys + d];
+        s = s * a[t * keys + d] + value[t][j] * k[t * keys + d];
+        if (!EARLY) sum[t][j] += s * q[t * keys + d];
       }
-      store_some(last + d * last_row + at, s, left);
+      float* there = to + d * to_row + j * LANES;
+      WHOLE ? store(there, s) : store_some(there, s, left);
     }
 #pragma GCC unroll 4
   for (int t = 0; t < COUNT; t++)
 #pragma GCC unroll 4
-    for (int j = 0; j < WIDTH; j++) store(x.o + t * x.values + first + j * LANES, sum[t][j]);
+    for (int j = 0; j < WIDTH; j++) store(x.o + t * values + first + j * LANES, sum[t][j]);
 }
 
-template <int COUNT>
-void step_state(const Steps& x, const Forward& forward, const Team& team, int64_t head) {
-  const Tensor& state = forward.state;
-  const float* from = state ? state.at<float>(team.n, head, 0, team.first) : nullptr;
-  float* to = forward.last.at<float>(team.n, head, 0, team.first);
-  int64_t row = state.stride[2], last_row = forward.last.stride[2], keys = forward.in.keys, j = 0;
-  for (; j + 4 * LANES <= team.columns; j += 4 * LANES)
-    step<COUNT, 4>(x, from, row, to, last_row, keys, j, team.columns);
-  for (; j < team.columns; j += LANES) step<COUNT, 1>(x, from, row, to, last_row, keys, j, team.columns);
+// All columns of a team; `zero` is what there is without a first state.
+template <int COUNT, bool EARLY>
+void step_state(const Steps& x, const Forward& forward, const Team& team, int64_t head, const float* zero) {
+  constexpr int WIDTH = COUNT > 2 ? 2 : 4;
+  const Tensor &state = forward.state, &last = forward.last;
+  int64_t row = state ? state.stride[2] : 0, j = 0;
+  const float* from = state ? state.at<float>(team.n, head, 0, team.first) : zero;
+  float* to = last.at<float>(team.n, head, 0, team.first);
+  for (; j + WIDTH * LANES <= team.columns; j += WIDTH * LANES)
+    step<COUNT, WIDTH, EARLY, true>(x, from + (row ? j : 0), row, to + j, last.stride[2], j, 0);
+  for (; j + LANES <= team.columns; j += LANES)
+    step<COUNT, 1, EARLY, true>(x, from + (row ? j : 0), row, to + j, last.stride[2], j, 0);
+  if (j < team.columns)
+    step<COUNT, 1, EARLY, false>(x, from + (row ? j : 0), row, to + j, last.stride[2], j, team.columns - j);
 }
 
 // o of up to FEW tokens divided by q^T z, and z after them.
 void step_total(const Steps& x, const Forward& forward, const Team& team, const Sequence& s, int64_t head, float* z) {
   const Inputs& in = forward.in;
+  std::fill(z, z + x.keys, 0.0f);
   if (forward.total) read(z, forward.total, forward.total.offset(team.n, head), in.keys, 1);
   for (int64_t t = 0; t < s.stop - s.start; t++) {
-    float by = x.early ? x.own[t] : 0;
+    float by = in.bonus ? x.own[t] : 0;
     for (int64_t d = 0; d < in.keys; d++) {
       float before = z[d];
       z[d] = before * x.a[t * x.keys + d] + x.k[t * x.keys + d];
-      by += (x.early ? before : z[d]) * x.q[t * x.keys + d];
+      by += (in.bonus ? before : z[d]) * x.q[t * x.keys + d];
     }
     float inverse = by == 0 ? 0 : 1 / by, *o = x.o + t * x.values;
     for (int64_t j = 0; j < x.values; j += LANES) store(o + j, by == 0 ? zeros() : load(o + j) * inverse);
-    if (team.first == 0) *forward.denominator.at<float>(s.row, s.start + t, head) = by;
+    if (forward.denominator && team.first == 0) *forward.denominator.at<float>(s.row, s.start + t, head) = by;
   }
   if (team.first == 0) write(forward.last_total, forward.last_total.offset(team.n, head), z, in.keys, 1);
 }
@@ -152,11 +160,14 @@ void step_total(const Steps& x, const Forward& forward, const Team& team, const 
 void in_steps(const Forward& x, const Team& team, const Sequence& s) {
   const Inputs& in = x.in;
   int64_t count = s.stop - s.start, t = s.start, keys = round_up(in.keys, LANES), values = round_up(team.columns, LANES);
-  Scratch scratch(4 * (FEW * (3 * keys + 2 * values) + 2 * keys) + 1024);
-  Steps steps{bool(in.bonus), keys, values, {}, {}, {}, {}, {}, {}};
+  constexpr int64_t WIDEST = 4 * LANES;
+  Scratch scratch(4 * (FEW * (3 * keys + 2 * values) + 2 * keys + WIDEST) + 1024);
+  Steps steps{in.keys, keys, values, {}, {}, {}, {}, {}, {}};
   for (float** rows : {&steps.q, &steps.k, &steps.a}) *rows = scratch.take(count * keys);
   for (float** rows : {&steps.v, &steps.o}) *rows = scratch.take(count * values);
-  float *bonus = scratch.take(keys), *z = scratch.take(keys);
+  float *bonus = scratch.take(keys), *z = scratch.take(keys), *zero = scratch.take(WIDEST);
+  std::fill(bonus, bonus + keys, 0.0f);
+  std::fill(zero, zero + WIDEST, 0.0f);
   for (int64_t head = team.head; head < team.head + team.heads; head++) {
     int64_t shared = in.key_head(head);
     load_rows(steps.q, keys, in.q, in.q.offset(s.row, t, shared), count, in.keys, float(in.scale), count);
@@ -171,12 +182,13 @@ void in_steps(const Forward& x, const Team& team, const Sequence& s) {
       std::fill(steps.a + i * keys, steps.a + (i + 1) * keys, g);
     }
     for (int64_t i = 0; i < count * keys; i += LANES) store(steps.a + i, exp(load(steps.a + i)));
-    std::fill(bonus, bonus + keys, 0.0f);
-    std::fill(z, z + keys, 0.0f);
     if (in.bonus) read(bonus, in.bonus, in.bonus.offset(head), in.keys, 1);
-    for (int64_t i = 0; i < count; i++) steps.own[i] = dot(steps.q + i * keys, bonus, steps.k + i * keys, keys);
-    constexpr decltype(&step_state<1>) by_count[FEW] = {step_state<1>, step_state<2>, step_state<3>, step_state<4>};
-    by_count[count - 1](steps, x, team, head);
+    for (int64_t i = 0; in.bonus && i < count; i++)
+      steps.own[i] = dot(steps.q + i * keys, bonus, steps.k + i * keys, keys);
+    constexpr decltype(&step_state<1, false>) ways[2][FEW] = {
+        {step_state<1, false>, step_state<2, false>, step_state<3, false>, step_state<4, false>},
+        {step_state<1, true>, step_state<2, true>, step_state<3, true>, step_state<4, true>}};
+    ways[bool(in.bonus)][count - 1](steps, x, team, head, zero);
     if (in.normalize) step_total(steps, x, team, s, head, z);
     store_rows(x.o, x.o.offset(s.row, t, head, team.first), steps.o, values, count, team.columns);
   }
