@@ -11,7 +11,6 @@ namespace {
 
 // Real numbers, one lane each.
 struct Real {
-  static constexpr int PARTS = 1;
   Vec re;
   static INLINE Real nothing() { return {zeros()}; }
   template <class Number>
@@ -29,7 +28,6 @@ struct Real {
 
 // Complex numbers, stored as pairs: half as many as lanes.
 struct Complex {
-  static constexpr int PARTS = 2;
   Vec pairs;  // re, im, re, im, ...
   static INLINE Complex nothing() { return {zeros()}; }
   template <class Number>
