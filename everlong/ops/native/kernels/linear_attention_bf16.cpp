@@ -118,7 +118,8 @@ class Chunk {
   Span at;
   int64_t head;
   Channels keys, values;
-  Rows q;  // reach Q, once the weights are made
+  Ahead& ahead;
+  Rows q{};  // reach Q, once the weights are made
 
   // visit(t, c, block) with each block of [reach Q | P] [S ; V]
   template <class Visit>
@@ -128,13 +129,14 @@ class Chunk {
         Product past{q.data + t * q.row, q.row, m.state_pairs + c, values.wide, keys.wide};
         Product near{m.weights + t * CHUNK, CHUNK, m.values + c, values.wide, t + BLOCK};
         multiply(m.block, BLOCK, BLOCK, BLOCK, past, near);
+        ahead.fetch();
         visit(t, c);
       }
   }
 
  public:
-  Chunk(const Forward& x, const Memory& m, Span at, int64_t head)
-      : x(x), m(m), at(at), head(head), keys(x.keys), values(x.values) {}
+  Chunk(const Forward& x, const Memory& m, Span at, int64_t head, Ahead& ahead)
+      : x(x), m(m), at(at), head(head), keys(x.keys), values(x.values), ahead(ahead) {}
 
   INLINE void run(float* state) {
     int64_t rows = at.rows();
@@ -151,6 +153,7 @@ class Chunk {
     for (int64_t i = 0; i < rows; i += BLOCK)
       for (int64_t j = 0; j <= i; j += BLOCK) {
         multiply(m.block, BLOCK, BLOCK, BLOCK, Product{q.data + i * q.row, q.row, m.keys + j, CHUNK, keys.wide});
+        ahead.fetch();
         weigh<DECAYS>(m, i, j);
       }
     if constexpr (DECAYS) {
@@ -161,8 +164,9 @@ class Chunk {
       unpair_rows(m.stored_keys, CHUNK, m.keys, CHUNK, keys.wide, rows);
     }
     outputs([&](int64_t t, int64_t c) { write_block(x.o, at, head, values, t, c, m.block, float(x.scale)); });
-    multiply<Into::result>(state, values.wide, keys.wide, values.wide,
-                           Product{m.stored_keys, CHUNK, m.values, values.wide, rows});
+    Product update{m.stored_keys, CHUNK, m.values, values.wide, rows};
+    for (int64_t d = 0; d < keys.wide; d += BLOCK, ahead.fetch())
+      multiply<Into::result>(state + d * values.wide, values.wide, BLOCK, values.wide, update.from(d, 0));
     // An infinite value of a token makes its column infinite in every row of the state, or NaN.
     Vec unsound = zeros();
     for (int64_t c = 0; c < values.wide; c += LANES) unsound += load(state + c) * 0.0f;
@@ -208,7 +212,12 @@ void run_heads(const Forward& x, int64_t n, int64_t head, int64_t count) {
       float* state = memory.states + h * size;
       if (x.saved && (t - s.start) % GROUP == 0)
         std::memcpy(x.saved.at<float>(group + (t - s.start) / GROUP, head + h), state, size * sizeof *state);
-      Chunk<DECAYS>(x, memory, {s.row, t, std::min(CHUNK, s.stop - t)}, head + h).run(state);
+      Span next{s.row, t + CHUNK, std::min(CHUNK, s.stop - t - CHUNK)};
+      Ahead ahead(next.count, 3 + values.wide / BLOCK * 2 + keys.wide / BLOCK);
+      ahead.add(x.q, next, (head + h) / x.sharing, keys);
+      ahead.add(x.k, next, (head + h) / x.sharing, keys);
+      ahead.add(x.v, next, head + h, values);
+      Chunk<DECAYS>(x, memory, {s.row, t, std::min(CHUNK, s.stop - t)}, head + h, ahead).run(state);
     }
   for (int64_t h = 0; h < count; h++) write_state(x.last, n, head + h, memory.states + h * size, keys, values);
 }
