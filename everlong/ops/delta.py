@@ -50,7 +50,7 @@ def delta_rule(
         initial_state: S before the first token.
         cu_seqlens: the bounds of N sequences that are packed in one row (B = 1).
         form: "parallel" (T x T weights), "chunk", "recurrent", or "auto".
-        backend: "reference", "torch", or "auto".
+        backend: "reference", "torch", "native", or "auto".
 
     Returns:
         o in the dtype of `v`, and the state, float32 (float64 for float64 inputs).
@@ -70,7 +70,7 @@ def delta_rule(
         cu_seqlens=cu_seqlens,
         form=form,
     )
-    run = choose("delta_rule", backend, v)
+    run = choose("delta_rule", backend, v, form)
     result: tuple[Tensor, Tensor] = run(
         q,
         k,
@@ -126,7 +126,7 @@ def dplr(
         cu_seqlens=cu_seqlens,
         form=form,
     )
-    run = choose("dplr", backend, v)
+    run = choose("dplr", backend, v, form)
     result: tuple[Tensor, Tensor] = run(
         q,
         k,
