@@ -142,7 +142,8 @@ def _compute_backward(
     given = [x if x is None else _spread_shape(x, heads) for x in tensors]
     d_state = starts.new_empty((_sequences(v, cu_seqlens), *starts.shape[1:]))
     kernel = "dplr_backward" if beta is None else "delta_rule_backward"
-    call(kernel, *_inputs(*tensors, cu_seqlens, scale), starts, d_o, d_last, *given, d_state)
+    ends = torch.empty_like(starts) if d_state.shape[0] * heads < torch.get_num_threads() else None
+    call(kernel, *_inputs(*tensors, cu_seqlens, scale), starts, ends, d_o, d_last, *given, d_state)
     gradients = (
         v.new_empty(0) if x is None or y is None else _gathered(y, x) for x, y in zip(tensors, given, strict=True)
     )
@@ -212,6 +213,7 @@ def _inputs(
         v.shape[3],
         int(log_decay is not None and log_decay.dim() == 4),
         GROUP,
+        torch.get_num_threads(),
         float(scale),
     )
 
