@@ -67,8 +67,8 @@ def _backends(module: str, name: str, *, native: str | None = None) -> tuple[Imp
 TABLE: dict[str, tuple[Implementation, ...]] = {
     "softmax_attention": _backends("attention", "softmax_attention"),
     "linear_attention": _backends("recurrence", "linear_attention", native="linear_attention"),
-    "delta_rule": _backends("delta", "delta_rule"),
-    "dplr": _backends("delta", "dplr"),
+    "delta_rule": _backends("delta", "delta_rule", native="low_rank"),
+    "dplr": _backends("delta", "dplr", native="low_rank"),
     "linear_scan": _backends("scan", "linear_scan", native="linear_scan"),
     "selective_scan": _backends("scan", "selective_scan", native="selective_scan"),
     "causal_conv1d": _backends("scan", "causal_conv1d", native="causal_conv1d"),
