@@ -5,6 +5,10 @@
 #include <cstring>
 #include <utility>
 
+#if defined(__AVX512BF16__)
+#include <immintrin.h>
+#endif
+
 #if defined(__AVX512F__)
 constexpr int LANES = 16;
 #elif defined(__AVX__)
@@ -44,10 +48,14 @@ INLINE Vec load(const bfloat16* from) {
 }
 // Rounds to the nearest, ties to even; NaN stays NaN.
 INLINE Halves rounded(Vec x) {
+#if defined(__AVX512BF16__)
+  return (Halves)_mm512_cvtneps_pbh((__m512)x);
+#else
   Words bits = (Words)x;
   Words nearest = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
   Words quiet = (bits >> 16) | 0x40u;
   return __builtin_convertvector(x == x ? nearest : quiet, Halves);
+#endif
 }
 INLINE void store(bfloat16* to, Vec x) {
   Halves half = rounded(x);
