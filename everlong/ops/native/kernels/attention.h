@@ -12,7 +12,6 @@
 
 constexpr int64_t QUERIES = 64;  // of a block, side by side
 constexpr int64_t KEYS = 64;     // of a block, at places that are multiples of it
-constexpr int64_t EDGE = 16;     // keys of a piece at the edge of what the queries see
 constexpr float INFINITE = __builtin_inff();
 
 struct Span {
@@ -36,8 +35,6 @@ struct Attention {
   double scale;
 
   int64_t shared() const { return heads / groups; }  // heads of queries for one of keys
-  int64_t key_width() const { return round_up(key_channels, LANES); }
-  int64_t value_width() const { return round_up(value_channels, LANES); }
 
   Meeting meeting(int64_t n) const {
     if (cu_seqlens) {
@@ -81,6 +78,7 @@ class Piece {
   const Attention& x;
   const Meeting& m;
   int64_t head, first_query;
+  int32_t left, right;
   int32_t allowed[KEYS][QUERIES];  // by the mask
 
  public:
@@ -88,34 +86,28 @@ class Piece {
   bool whole;  // each of these queries sees all of these keys
 
   Piece(const Attention& x, const Meeting& m, int64_t head, int64_t first_query)
-      : x(x), m(m), head(head), first_query(first_query) {}
+      : x(x), m(m), head(head), first_query(first_query), left(int32_t(std::min<int64_t>(x.left, 1 << 30))),
+        right(int32_t(std::min<int64_t>(x.right, 1 << 30))) {}
 
-  // Sets the piece; false where no query sees a key.
-  bool set(Span its_keys, Span queries, Span core) {
+  // Which of LANES queries see the key `i` of the piece; keys beyond its last one are seen by none.
+  INLINE Ints seen(int64_t i, int64_t lane) const {
+    Ints distance = lane_numbers() + int32_t(m.offset + first_query + lane - keys.begin - i);
+    Ints seen = (distance <= left) & (distance >= -right);
+    if (keys.begin + i >= keys.end) return seen & 0;
+    if (!x.mask) return seen;
+    Ints by_mask;
+    std::memcpy(&by_mask, &allowed[i][lane], sizeof by_mask);
+    return seen & by_mask;
+  }
+
+  // Sets the piece; false where no query sees a key. `lanes` are multiples of `edge`.
+  bool set(Span its_keys, Span queries, bool in_core, int64_t edge) {
     keys = its_keys;
     Span seeing = common(queries, {keys.begin - x.right - m.offset, keys.end + x.left - m.offset});
     if (keys.empty() || seeing.empty()) return false;
-    lanes = {(seeing.begin - first_query) / LANES * LANES, round_up(seeing.end - first_query, LANES)};
-    whole = core.begin <= keys.begin && keys.end <= core.end && keys.size() % TILE_ROWS == 0;
+    lanes = {(seeing.begin - first_query) / edge * edge, round_up(seeing.end - first_query, edge)};
+    whole = in_core;
     return x.mask ? read_mask(queries) : true;
-  }
-
-  // What a query does not see becomes -infinity, or 0, in a tile of keys and queries.
-  template <int ROWS, int VECTORS>
-  INLINE void hide(Tile<ROWS, VECTORS>& tile, int64_t i, int64_t lane, float value) const {
-    const int32_t left = int32_t(std::min<int64_t>(x.left, 1 << 30)), right = int32_t(std::min<int64_t>(x.right, 1 << 30));
-    for (int r = 0; r < ROWS; r++)
-      for (int c = 0; c < VECTORS; c++) {
-        int64_t key = keys.begin + i + r, query = first_query + lane + c * LANES;
-        Ints distance = lane_numbers() + int32_t(m.offset + query - key);
-        Ints seen = (distance <= left) & (distance >= -right);
-        if (x.mask) {
-          Ints bits;
-          std::memcpy(&bits, &allowed[i + r][lane + c * LANES], sizeof bits);
-          seen &= bits;
-        }
-        tile.at[r][c] = key < keys.end ? select(seen, tile.at[r][c], broadcast(value)) : broadcast(value);
-      }
   }
 
  private:
@@ -134,68 +126,17 @@ class Piece {
   }
 };
 
-// visit() with a piece set to each part of these keys that some of the queries see, in rising order: large pieces where
-// each query sees all, small ones at the edges.
+// visit() with a piece set to each part of these keys that some of the queries see, in rising order: one where each query
+// sees all, and pieces of `edge` keys (at multiples of it) around it.
 template <class Visit>
-INLINE void for_pieces(const Attention& x, const Meeting& m, Piece& piece, Span queries, Span keys, Visit visit) {
+INLINE void for_pieces(const Attention& x, const Meeting& m, Piece& piece, Span queries, Span keys, int64_t edge,
+                       Visit visit) {
   Span seen = common(x.reach(m, queries), keys), core = common(x.core(m, queries), seen);
-  if (core.empty()) core = {seen.end, seen.end};
-  for (int64_t begin = seen.begin; begin < seen.end;) {
+  core = {round_up(core.begin, edge), core.end / edge * edge};
+  for (int64_t begin = seen.begin / edge * edge; begin < seen.end;) {
     bool inside = core.begin <= begin && begin < core.end;
-    int64_t end = inside ? core.end : std::min(begin / EDGE * EDGE + EDGE, begin < core.begin ? core.begin : seen.end);
-    if (piece.set({begin, end}, queries, core)) visit();
+    int64_t end = inside ? core.end : std::min(begin + edge, keys.end);
+    if (piece.set({begin, end}, queries, inside, edge)) visit();
     begin = end;
-  }
-}
-
-enum class Weights { left, right };
-
-// tile += A B where the weights are A or B, and a weight of 0 takes nothing, not even of an infinite number: what a query
-// does not see cannot reach it.
-template <Weights WEIGHTS, int ROWS, int VECTORS>
-INLINE void add_weighted(Tile<ROWS, VECTORS>& tile, Matrix a, const float* b, int64_t row, int64_t depth) {
-  for (int64_t k = 0; k < depth; k++)
-#pragma GCC unroll 16
-    for (int j = 0; j < VECTORS; j++) {
-      Vec of_b = load(b + k * row + j * LANES);
-#pragma GCC unroll 16
-      for (int i = 0; i < ROWS; i++) {
-        Vec of_a = broadcast(a.data[i * a.row + k * a.column]);
-        Ints some = (WEIGHTS == Weights::left ? of_a : of_b) != 0.0f;
-        tile.at[i][j] = select(some, tile.at[i][j] + of_a * of_b, tile.at[i][j]);
-      }
-    }
-}
-template <Weights WEIGHTS, int ROWS, int VECTORS>
-INLINE void add_seen(Tile<ROWS, VECTORS>& tile, bool whole, Matrix a, const float* b, int64_t row, int64_t depth) {
-  if (whole) {
-    tile.add_product(a, b, row, depth);
-  } else {
-    add_weighted<WEIGHTS>(tile, a, b, row, depth);
-  }
-}
-
-// Tokens of one head as rows of float32, `width` apart, channels beyond the last one and rows up to `padded` zero.
-INLINE void read_rows(float* to, int64_t width, int64_t padded, const Tensor& from, int64_t row, Span tokens, int64_t head,
-                      int64_t channels, float scale = 1.0f) {
-  for (int64_t i = 0; i < padded; i++) {
-    float* its = to + i * width;
-    if (i >= tokens.size()) {
-      std::fill(its, its + width, 0.0f);
-      continue;
-    }
-    int64_t place = row * from.stride[0] + (tokens.begin + i) * from.stride[1] + head * from.stride[2];
-    read(its, from, place, channels, from.stride[3]);
-    std::fill(its + channels, its + width, 0.0f);
-    if (scale != 1.0f)
-      for (int64_t c = 0; c < width; c += LANES) store(its + c, load(its + c) * scale);
-  }
-}
-
-INLINE void write_rows(const Tensor& to, int64_t row, Span tokens, int64_t head, int64_t channels, const float* from,
-                       int64_t width) {
-  for (int64_t i = 0; i < tokens.size(); i++) {
-    int64_t place = row * to.stride[0] + (tokens.begin + i) * to.stride[1] + head * to.stride[2];
-    write(to, place, from + i * width, channels, to.stride[3]);
   }
 }

@@ -7,77 +7,97 @@
 // Backward, from lse, with g the gradient of o and delta_i = g_i . o_i - (gradient of lse_i):
 //     P^T = 2^(S - lse / ln 2)       dS^T = P^T * (V g^T - delta)
 //     dv += P^T g     dk += scale dS^T q     dq^T += scale K^T dS^T
-#include "attention.h"
-
-#include <thread>
+#include "attention_passes.h"
 
 namespace {
 
-constexpr int64_t PANEL = 128;  // queries of a unit of work: their blocks share the keys that were read
-constexpr int64_t BLOCKS = PANEL / QUERIES;
-constexpr int64_t KEY_ROWS = KEYS + TILE_ROWS;  // a tile may begin at the last key
+enum class Weights { left, right };
 
-struct Forward {
-  Attention attention;
-  Tensor o, lse;  // [B, T, H, V], float32 [B, T, H]
+// tile += A B where the weights are A or B. Unless all is seen, a weight of 0 takes nothing, not even of an infinite
+// number: what a query does not see cannot reach it.
+template <Weights WEIGHTS, int ROWS, int VECTORS>
+INLINE void add_seen(Tile<ROWS, VECTORS>& tile, bool whole, Matrix a, const float* b, int64_t row, int64_t depth) {
+  if (whole) return tile.add_product(a, b, row, depth);
+  for (int64_t k = 0; k < depth; k++)
+#pragma GCC unroll 16
+    for (int j = 0; j < VECTORS; j++) {
+      Vec of_b = load(b + k * row + j * LANES);
+#pragma GCC unroll 16
+      for (int i = 0; i < ROWS; i++) {
+        Vec of_a = broadcast(a.data[i * a.row + k * a.column]);
+        Ints some = (WEIGHTS == Weights::left ? of_a : of_b) != 0.0f;
+        tile.at[i][j] = select(some, tile.at[i][j] + of_a * of_b, tile.at[i][j]);
+      }
+    }
+}
+
+// What a query does not see becomes -infinity, or 0, in a tile of keys and queries.
+template <int ROWS, int VECTORS>
+INLINE void hide(Tile<ROWS, VECTORS>& tile, const Piece& piece, int64_t i, int64_t lane, float value) {
+  for (int r = 0; r < ROWS; r++)
+    for (int c = 0; c < VECTORS; c++)
+      tile.at[r][c] = select(piece.seen(i + r, lane + c * LANES), tile.at[r][c], broadcast(value));
+}
+
+struct InFloat32 {
+  static constexpr int64_t EDGE = 16, WIDTH = LANES, PANEL = 128;
+  struct Registers {};
+  struct Keys;
+  struct Queries;
+  struct Gradients;
 };
 
-struct Backward {
-  Attention attention;
-  Tensor o, lse, d_o, d_lse;  // d_lse may be none
-  Tensor d_q, d_k, d_v;       // d_k and d_v float32, and 0
-};
+struct InFloat32::Keys {
+  Widths widths;
+  float *keys, *values;        // [KEYS, channels]
+  float *weights, *d_scores;   // [KEYS, QUERIES]
+  float* rows;                 // [QUERIES, channels]
 
-// A block of keys as both passes read it.
-struct KeyBlock {
-  float *keys, *values;  // [KEY_ROWS, K], [KEY_ROWS, V]
-
-  static int64_t size(const Attention& x) { return KEY_ROWS * (x.key_width() + x.value_width()); }
-  KeyBlock(const Attention& x, Scratch& scratch)
-      : keys(scratch.take(KEY_ROWS * x.key_width())), values(scratch.take(KEY_ROWS * x.value_width())) {}
-  void read(const Attention& x, const Meeting& m, int64_t head, Span block) {
-    Span tokens = {m.start + block.begin, m.start + block.end};
-    int64_t rows = round_up(block.size(), TILE_ROWS) + TILE_ROWS, group = head / x.shared();
-    read_rows(keys, x.key_width(), rows, x.k, m.row, tokens, group, x.key_channels);
-    read_rows(values, x.value_width(), rows, x.v, m.row, tokens, group, x.value_channels);
+  static int64_t bytes(Widths w) { return 4 * (KEYS * (w.key + w.value + 2 * QUERIES) + QUERIES * (w.key + w.value)); }
+  Keys(Widths w, Scratch& scratch)
+      : widths(w), keys(scratch.take(KEYS * w.key)), values(scratch.take(KEYS * w.value)),
+        weights(scratch.take(KEYS * QUERIES)), d_scores(scratch.take(KEYS * QUERIES)),
+        rows(scratch.take(QUERIES * std::max(w.key, w.value))) {}
+  void read(const Attention& x, const Meeting& m, int64_t group, Span span, Pass) {
+    Span tokens = {m.start + span.begin, m.start + span.end};
+    int64_t padded = round_up(span.size(), EDGE);
+    read_rows(keys, widths.key, padded, x.k, m.row, tokens, group, x.key_channels);
+    read_rows(values, widths.value, padded, x.v, m.row, tokens, group, x.value_channels);
   }
 };
 
-// A block of queries on its way over the keys.
-struct QueryBlock {
+struct InFloat32::Queries {
   Span queries;
-  float *q, *o;       // transposed: [K, QUERIES] times scale / ln 2, [V, QUERIES]
-  float *top, *total;  // [QUERIES] each
+  float* q;  // transposed, [K, QUERIES], times scale / ln 2
+  Sums sums;
 
-  static int64_t size(const Attention& x) { return QUERIES * (x.key_width() + x.value_width() + 2 * LANES); }
-  void take(const Attention& x, Scratch& scratch) {
-    q = scratch.take(x.key_width() * QUERIES);
-    o = scratch.take(x.value_width() * QUERIES);
-    top = scratch.take(QUERIES);
-    total = scratch.take(QUERIES);
+  static int64_t bytes(Widths w) { return 4 * QUERIES * w.key + Sums::bytes(w); }
+  void take(Widths w, Scratch& scratch) {
+    q = scratch.take(w.key * QUERIES);
+    sums.take(w, scratch);
   }
-  void begin(const Attention& x, const Meeting& m, int64_t head, Span its, float* rows) {
+  void begin(const Attention& x, const Meeting& m, int64_t head, Span its, const Keys& room) {
     queries = its;
-    int64_t width = x.key_width();
     Span tokens = {m.start + its.begin, m.start + its.end};
-    read_rows(rows, width, QUERIES, x.q, m.row, tokens, head, x.key_channels, float(x.scale * LOG2E));
-    transpose(q, QUERIES, rows, width, QUERIES, width);
-    std::fill(o, o + x.value_width() * QUERIES, 0.0f);
-    std::fill(top, top + QUERIES, -INFINITE);
-    std::fill(total, total + QUERIES, 0.0f);
+    int64_t width = room.widths.key;
+    read_rows(room.rows, width, QUERIES, x.q, m.row, tokens, head, x.key_channels, float(x.scale * LOG2E));
+    transpose(q, QUERIES, room.rows, width, QUERIES, width);
+    sums.clear(room.widths);
   }
 
-  // Takes up a piece of the keys; `weights` [KEYS, QUERIES] is room.
-  void add(const Attention& x, const Piece& piece, const float* keys, const float* values, float* weights) {
+  // Takes up a piece of the keys, which begins at the block's key `first`.
+  void add(const Attention& x, const Piece& piece, int64_t first, const Keys& block) {
+    const float *keys = block.keys + first * block.widths.key, *values = block.values + first * block.widths.value;
+    float *weights = block.weights, *o = sums.o, *top = sums.top, *total = sums.total;
     int64_t count = piece.keys.size(), rows = round_up(count, TILE_ROWS), columns = piece.lanes.size();
     alignas(64) float new_top[QUERIES], old_share[QUERIES];
     std::copy(top, top + QUERIES, new_top);
     for_tiles(rows, columns, [&]<int ROWS, int VECTORS>(int64_t i, int64_t column) {
-      int64_t lane = piece.lanes.begin + column;
+      int64_t lane = piece.lanes.begin + column, width = block.widths.key;
       Tile<ROWS, VECTORS> scores;
       scores.clear();
-      scores.add_product({keys + i * x.key_width(), x.key_width(), 1}, q + lane, QUERIES, x.key_channels);
-      if (!piece.whole) piece.hide(scores, i, lane, -INFINITE);
+      scores.add_product({keys + i * width, width, 1}, q + lane, QUERIES, x.key_channels);
+      if (!piece.whole) hide(scores, piece, i, lane, -INFINITE);
       scores.store(weights + i * QUERIES + lane, QUERIES);
       for (int c = 0; c < VECTORS; c++) {
         Vec largest = load(new_top + lane + c * LANES);
@@ -108,249 +128,112 @@ struct QueryBlock {
         Vec share = load(old_share + lane + c * LANES);
         for (int r = 0; r < ROWS; r++) mixed.at[r][c] *= share;
       }
-      add_seen<Weights::right>(mixed, piece.whole, {values + i, 1, x.value_width()}, weights + lane, QUERIES, count);
+      add_seen<Weights::right>(mixed, piece.whole, {values + i, 1, block.widths.value}, weights + lane, QUERIES, count);
       mixed.store(o + i * QUERIES + lane, QUERIES);
     });
   }
 
-  void finish(const Forward& f, const Meeting& m, int64_t head, float* rows) {
-    const Attention& x = f.attention;
-    int64_t width = x.value_width();
-    for (int64_t lane = 0; lane < QUERIES; lane += LANES) {
-      Vec sum = load(total + lane), share = sum == 0.0f ? zeros() : 1.0f / sum;
-      for (int64_t c = 0; c < x.value_channels; c++) {
-        float* place = o + c * QUERIES + lane;
-        store(place, load(place) * share);
-      }
-      store(total + lane, sum == 0.0f ? broadcast(-INFINITE) : load(top + lane) * (1.0f / LOG2E) + log(sum));
-    }
-    transpose(rows, width, o, QUERIES, width, QUERIES);
-    Span tokens = {m.start + queries.begin, m.start + queries.end};
-    write_rows(f.o, m.row, tokens, head, x.value_channels, rows, width);
-    for (int64_t i = 0; i < queries.size(); i++) *f.lse.at<float>(m.row, tokens.begin + i, head) = total[i];
+  void finish(const Forward& f, const Meeting& m, int64_t head, const Keys& room) {
+    sums.finish(f, m, head, queries, room.widths.value, room.rows);
   }
 };
 
-void forward(const Forward& f, const Unit& unit, Scratch scratch) {
-  const Attention& x = f.attention;
-  Meeting m = x.meeting(unit.n);
-  KeyBlock block(x, scratch);
-  float* weights = scratch.take(KEYS * QUERIES);
-  float* rows = scratch.take(QUERIES * std::max(x.key_width(), x.value_width()));
-  QueryBlock blocks[BLOCKS];
-  int64_t count = 0;
-  for (int64_t i = unit.queries.begin; i < unit.queries.end; i += QUERIES) {
-    blocks[count].take(x, scratch);
-    blocks[count++].begin(x, m, unit.head, {i, std::min(i + QUERIES, unit.queries.end)}, rows);
-  }
-  Span reach = x.reach(m, unit.queries);
-  for (int64_t j = reach.begin / KEYS * KEYS; j < reach.end; j += KEYS) {
-    Span keys = common({j, j + KEYS}, reach);
-    block.read(x, m, unit.head, keys);
-    for (int64_t b = 0; b < count; b++) {
-      Piece piece(x, m, unit.head, blocks[b].queries.begin);
-      for_pieces(x, m, piece, blocks[b].queries, keys, [&] {
-        int64_t first = piece.keys.begin - keys.begin;
-        blocks[b].add(x, piece, block.keys + first * x.key_width(), block.values + first * x.value_width(), weights);
-      });
-    }
-  }
-  for (int64_t b = 0; b < count; b++) blocks[b].finish(f, m, unit.head, rows);
-}
-
-// A block of queries and what the backward pass knows of them.
-struct GradientBlock {
+struct InFloat32::Gradients {
+  Widths widths;
   Span queries;
-  float *q, *g, *q_turned, *g_turned, *d_q;  // q times scale, g; q^T times scale / ln 2, g^T, dq^T: [channels, QUERIES]
-  float *lse, *delta;                        // [QUERIES]; lse / ln 2
+  float *q, *g;                // [QUERIES, channels]
+  float *q_turned, *g_turned;  // q^T times scale / ln 2, g^T: [channels, QUERIES]
+  RowSums its;
 
-  static int64_t size(const Attention& x) { return QUERIES * (3 * x.key_width() + 2 * x.value_width() + 2 * LANES); }
-  void take(const Attention& x, Scratch& scratch) {
-    for (float** piece : {&q, &q_turned, &d_q}) *piece = scratch.take(x.key_width() * QUERIES);
-    for (float** piece : {&g, &g_turned}) *piece = scratch.take(x.value_width() * QUERIES);
-    lse = scratch.take(QUERIES);
-    delta = scratch.take(QUERIES);
+  static int64_t bytes(Widths w) { return 8 * QUERIES * (w.key + w.value) + RowSums::bytes(w); }
+  void take(Widths w, Scratch& scratch) {
+    widths = w;
+    for (float** piece : {&q, &q_turned}) *piece = scratch.take(w.key * QUERIES);
+    for (float** piece : {&g, &g_turned}) *piece = scratch.take(w.value * QUERIES);
+    its.take(w, scratch);
   }
-  void begin(const Backward& b, const Meeting& m, int64_t head, Span its, float* rows) {
+  void begin(const Backward& b, const Meeting& m, int64_t head, Span all, const Keys& room) {
     const Attention& x = b.attention;
-    queries = its;
-    Span tokens = {m.start + its.begin, m.start + its.end};
-    int64_t width = x.key_width();
-    read_rows(q, width, QUERIES, x.q, m.row, tokens, head, x.key_channels, float(x.scale * LOG2E));
-    transpose(q_turned, QUERIES, q, width, QUERIES, width);
-    read_rows(q, width, QUERIES, x.q, m.row, tokens, head, x.key_channels, float(x.scale));
-    std::fill(d_q, d_q + width * QUERIES, 0.0f);
-
-    width = x.value_width();
-    read_rows(g, width, QUERIES, b.d_o, m.row, tokens, head, x.value_channels);
-    transpose(g_turned, QUERIES, g, width, QUERIES, width);
-    read_rows(rows, width, QUERIES, b.o, m.row, tokens, head, x.value_channels);
-    for (int64_t i = 0; i < QUERIES; i++) {
-      bool there = i < its.size();
-      float of_lse = there ? *b.lse.at<float>(m.row, tokens.begin + i, head) : 0.0f;
-      lse[i] = of_lse == -INFINITE ? 0.0f : of_lse * LOG2E;
-      Vec sum = zeros();
-      for (int64_t c = 0; c < width; c += LANES) sum += load(rows + i * width + c) * load(g + i * width + c);
-      delta[i] = ::sum(sum);
-      if (there && b.d_lse) delta[i] -= *b.d_lse.at<float>(m.row, tokens.begin + i, head);
-    }
+    queries = all;
+    Span tokens = {m.start + all.begin, m.start + all.end};
+    read_rows(q, widths.key, QUERIES, x.q, m.row, tokens, head, x.key_channels, float(x.scale * LOG2E));
+    transpose(q_turned, QUERIES, q, widths.key, QUERIES, widths.key);
+    read_rows(q, widths.key, QUERIES, x.q, m.row, tokens, head, x.key_channels);
+    read_rows(g, widths.value, QUERIES, b.d_o, m.row, tokens, head, x.value_channels);
+    transpose(g_turned, QUERIES, g, widths.value, QUERIES, widths.value);
+    its.begin(b, m, head, all, widths, g, room.rows);
   }
 
-  // The piece's weights and the gradients of its scores, both [KEYS, QUERIES].
-  void weigh(const Attention& x, const Piece& piece, const float* keys, const float* values, float* weights,
-             float* d_scores) const {
-    int64_t rows = round_up(piece.keys.size(), TILE_ROWS);
-    for_tiles(rows, piece.lanes.size(), [&]<int ROWS, int VECTORS>(int64_t i, int64_t column) {
+  void add(const Attention& x, const Piece& piece, int64_t first, const Keys& block, const KeyGradients& sums) {
+    const float *keys = block.keys + first * widths.key, *values = block.values + first * widths.value;
+    weigh(x, piece, keys, values, block);
+    add_to_keys(sums.values + first * widths.value, widths.value, piece, block.weights, g);
+    add_to_keys(sums.keys + first * widths.key, widths.key, piece, block.d_scores, q);
+    for_tiles(round_up(x.key_channels, TILE_ROWS), piece.lanes.size(), [&]<int ROWS, int VECTORS>(int64_t i, int64_t column) {
       int64_t lane = piece.lanes.begin + column;
-      Tile<ROWS, VECTORS> weight, d_score;
-      weight.clear();
-      weight.add_product({keys + i * x.key_width(), x.key_width(), 1}, q_turned + lane, QUERIES, x.key_channels);
-      for (int r = 0; r < ROWS; r++)
-        for (int c = 0; c < VECTORS; c++) weight.at[r][c] = exp2(weight.at[r][c] - load(lse + lane + c * LANES));
-      if (!piece.whole) piece.hide(weight, i, lane, 0.0f);
-      weight.store(weights + i * QUERIES + lane, QUERIES);
-
-      d_score.clear();
-      d_score.add_product({values + i * x.value_width(), x.value_width(), 1}, g_turned + lane, QUERIES, x.value_channels);
-      for (int r = 0; r < ROWS; r++)
-        for (int c = 0; c < VECTORS; c++) {
-          Vec weight = load(weights + (i + r) * QUERIES + lane + c * LANES);
-          d_score.at[r][c] = (d_score.at[r][c] - load(delta + lane + c * LANES)) * weight;
-        }
-      if (!piece.whole) piece.hide(d_score, i, lane, 0.0f);
-      d_score.store(d_scores + i * QUERIES + lane, QUERIES);
+      Tile<ROWS, VECTORS> tile;
+      tile.load(its.d_q + i * QUERIES + lane, QUERIES);
+      Matrix keys_turned = {keys + i, 1, widths.key};
+      add_seen<Weights::right>(tile, piece.whole, keys_turned, block.d_scores + lane, QUERIES, piece.keys.size());
+      tile.store(its.d_q + i * QUERIES + lane, QUERIES);
     });
   }
 
-  void finish(const Backward& b, const Meeting& m, int64_t head) {
-    const Attention& x = b.attention;
-    for (int64_t i = 0; i < x.key_width() * QUERIES; i += LANES) store(d_q + i, load(d_q + i) * float(x.scale));
-    transpose(q, x.key_width(), d_q, QUERIES, x.key_width(), QUERIES);
-    Span tokens = {m.start + queries.begin, m.start + queries.end};
-    write_rows(b.d_q, m.row, tokens, head, x.key_channels, q, x.key_width());
+  void finish(const Backward& b, const Meeting& m, int64_t head, const Keys& room) {
+    its.finish(b, m, head, queries, widths.key, room.rows);
+  }
+
+ private:
+  // The piece's weights and the gradients of its scores.
+  void weigh(const Attention& x, const Piece& piece, const float* keys, const float* values, const Keys& room) const {
+    for_tiles(round_up(piece.keys.size(), TILE_ROWS), piece.lanes.size(), [&]<int ROWS, int VECTORS>(int64_t i, int64_t column) {
+      int64_t lane = piece.lanes.begin + column;
+      float *weights = room.weights + i * QUERIES + lane, *d_scores = room.d_scores + i * QUERIES + lane;
+      Tile<ROWS, VECTORS> weight, d_score;
+      weight.clear();
+      weight.add_product({keys + i * widths.key, widths.key, 1}, q_turned + lane, QUERIES, x.key_channels);
+      for (int r = 0; r < ROWS; r++)
+        for (int c = 0; c < VECTORS; c++) weight.at[r][c] = exp2(weight.at[r][c] - load(its.lse + lane + c * LANES));
+      if (!piece.whole) hide(weight, piece, i, lane, 0.0f);
+      weight.store(weights, QUERIES);
+
+      d_score.clear();
+      d_score.add_product({values + i * widths.value, widths.value, 1}, g_turned + lane, QUERIES, x.value_channels);
+      for (int r = 0; r < ROWS; r++)
+        for (int c = 0; c < VECTORS; c++)
+          d_score.at[r][c] = (d_score.at[r][c] - load(its.delta + lane + c * LANES)) * load(weights + r * QUERIES + c * LANES);
+      if (!piece.whole) hide(d_score, piece, i, lane, 0.0f);
+      d_score.store(d_scores, QUERIES);
+    });
+  }
+
+  // to[keys, width] += weights[keys, queries] from[queries, width]
+  void add_to_keys(float* to, int64_t width, const Piece& piece, const float* weights, const float* from) const {
+    int64_t lane = piece.lanes.begin, depth = std::min(piece.lanes.end, queries.size()) - lane;
+    for_tiles(round_up(piece.keys.size(), TILE_ROWS), width, [&]<int ROWS, int VECTORS>(int64_t i, int64_t j) {
+      Tile<ROWS, VECTORS> tile;
+      tile.load(to + i * width + j, width);
+      Matrix part = {weights + i * QUERIES + lane, QUERIES, 1};
+      add_seen<Weights::left>(tile, piece.whole, part, from + lane * width + j, width, depth);
+      tile.store(to + i * width + j, width);
+    });
   }
 };
-
-// A block of keys' gradients, summed over the queries of a unit.
-struct KeyGradients {
-  float *d_keys, *d_values;
-
-  static int64_t size(const Attention& x) { return KEY_ROWS * (x.key_width() + x.value_width()); }
-  KeyGradients(const Attention& x, Scratch& scratch)
-      : d_keys(scratch.take(KEY_ROWS * x.key_width())), d_values(scratch.take(KEY_ROWS * x.value_width())) {}
-  void clear(const Attention& x) {
-    std::fill(d_keys, d_keys + KEY_ROWS * x.key_width(), 0.0f);
-    std::fill(d_values, d_values + KEY_ROWS * x.value_width(), 0.0f);
-  }
-  static void add(const Tensor& to, const float* from, int64_t width, int64_t channels, int64_t row, Span tokens,
-                  int64_t group) {
-    for (int64_t i = 0; i < tokens.size(); i++) {
-      float* place = to.at<float>(row, tokens.begin + i, group);
-      for (int64_t c = 0; c < channels; c += LANES)
-        store_some(place + c, load_some(place + c, channels - c) + load(from + i * width + c), channels - c);
-    }
-  }
-};
-
-// The products of a piece with its weights: to[rows of keys, width] += weights[rows, queries] x[queries, width].
-void add_to_keys(float* to, int64_t width, const Piece& piece, const float* weights, const float* x, int64_t queries) {
-  int64_t first = piece.lanes.begin, depth = std::min(piece.lanes.end, queries) - first;
-  for_tiles(round_up(piece.keys.size(), TILE_ROWS), width, [&]<int ROWS, int VECTORS>(int64_t i, int64_t j) {
-    Tile<ROWS, VECTORS> tile;
-    tile.load(to + i * width + j, width);
-    Matrix part = {weights + i * QUERIES + first, QUERIES, 1};
-    add_seen<Weights::left>(tile, piece.whole, part, x + first * width + j, width, depth);
-    tile.store(to + i * width + j, width);
-  });
-}
-
-// dq^T[channels, queries] += K^T[channels, keys] dS^T[keys, queries]
-void add_to_queries(float* d_q, int64_t channels, int64_t width, const Piece& piece, const float* keys,
-                    const float* d_scores) {
-  int64_t rows = round_up(channels, TILE_ROWS);
-  for_tiles(rows, piece.lanes.size(), [&]<int ROWS, int VECTORS>(int64_t i, int64_t column) {
-    int64_t lane = piece.lanes.begin + column;
-    Tile<ROWS, VECTORS> tile;
-    tile.load(d_q + i * QUERIES + lane, QUERIES);
-    add_seen<Weights::right>(tile, piece.whole, {keys + i, 1, width}, d_scores + lane, QUERIES, piece.keys.size());
-    tile.store(d_q + i * QUERIES + lane, QUERIES);
-  });
-}
-
-// How far a unit has come with adding to the gradients of keys: all from this place on are done. A unit adds to a key
-// after the unit before it, so sums have one order whatever the threads. All go from the last key to the first: under a
-// causal rule a later unit begins with keys that the one before it does not see, and follows it without waiting.
-using Progress = std::atomic<int64_t>;
-
-void backward(const Backward& b, const Unit& unit, const Progress* before, Progress& done, Scratch scratch) {
-  const Attention& x = b.attention;
-  Meeting m = x.meeting(unit.n);
-  KeyBlock block(x, scratch);
-  KeyGradients sums(x, scratch);
-  float* weights = scratch.take(KEYS * QUERIES);
-  float* d_scores = scratch.take(KEYS * QUERIES);
-  float* rows = scratch.take(QUERIES * x.value_width());
-  GradientBlock blocks[BLOCKS];
-  int64_t count = 0, group = unit.head / x.shared();
-  for (int64_t i = unit.queries.begin; i < unit.queries.end; i += QUERIES) {
-    blocks[count].take(x, scratch);
-    blocks[count++].begin(b, m, unit.head, {i, std::min(i + QUERIES, unit.queries.end)}, rows);
-  }
-  Span reach = x.reach(m, unit.queries);
-  for (int64_t j = (reach.end - 1) / KEYS * KEYS; !reach.empty() && j + KEYS > reach.begin; j -= KEYS) {
-    Span keys = common({j, j + KEYS}, reach);
-    block.read(x, m, unit.head, keys);
-    sums.clear(x);
-    for (int64_t i = 0; i < count; i++) {
-      GradientBlock& its = blocks[i];
-      Piece piece(x, m, unit.head, its.queries.begin);
-      for_pieces(x, m, piece, its.queries, keys, [&] {
-        int64_t first = piece.keys.begin - keys.begin, key_place = first * x.key_width(), place = first * x.value_width();
-        its.weigh(x, piece, block.keys + key_place, block.values + place, weights, d_scores);
-        add_to_keys(sums.d_values + place, x.value_width(), piece, weights, its.g, its.queries.size());
-        add_to_keys(sums.d_keys + key_place, x.key_width(), piece, d_scores, its.q, its.queries.size());
-        add_to_queries(its.d_q, x.key_channels, x.key_width(), piece, block.keys + key_place, d_scores);
-      });
-    }
-    while (before && before->load(std::memory_order_acquire) > j) std::this_thread::yield();
-    Span tokens = {m.start + keys.begin, m.start + keys.end};
-    KeyGradients::add(b.d_k, sums.d_keys, x.key_width(), x.key_channels, m.row, tokens, group);
-    KeyGradients::add(b.d_v, sums.d_values, x.value_width(), x.value_channels, m.row, tokens, group);
-    done.store(j, std::memory_order_release);
-  }
-  for (int64_t i = 0; i < count; i++) blocks[i].finish(b, m, unit.head);
-}
-
-int64_t bytes(std::initializer_list<int64_t> numbers) {
-  int64_t all = 0;
-  for (int64_t count : numbers) all += count * int64_t(sizeof(float)) + 64 * 16;
-  return all;
-}
 
 }  // namespace
 
 KERNEL(softmax_attention_forward, Forward) {
-  const Attention& x = arguments.attention;
-  std::vector<Unit> units = units_of(x, PANEL);
-  int64_t rows = QUERIES * std::max(x.key_width(), x.value_width());
-  int64_t room = bytes({KeyBlock::size(x), KEYS * QUERIES, rows, BLOCKS * QueryBlock::size(x)});
-  parallel_queue(int64_t(units.size()), [&](auto next) {
-    Scratch scratch(room);
-    for (int64_t i = next(); i < int64_t(units.size()); i = next()) forward(arguments, units[i], scratch);
-  });
+  if (MULTIPLIES_BFLOAT16 && arguments.attention.q.type == Type::bfloat16) {
+    forward_in_bfloat16(arguments);
+  } else {
+    forward<InFloat32>(arguments);
+  }
 }
 
 KERNEL(softmax_attention_backward, Backward) {
-  const Attention& x = arguments.attention;
-  std::vector<Unit> units = units_of(x, PANEL);
-  std::vector<Progress> progress(units.size());
-  for (size_t i = 0; i < units.size(); i++)
-    progress[i] = round_up(std::max<int64_t>(x.reach(x.meeting(units[i].n), units[i].queries).end, 0), KEYS);
-  int64_t room = bytes({KeyBlock::size(x), KeyGradients::size(x), 2 * KEYS * QUERIES, QUERIES * x.value_width(),
-                        BLOCKS * GradientBlock::size(x)});
-  parallel_queue(int64_t(units.size()), [&](auto next) {
-    Scratch scratch(room);
-    for (int64_t i = next(); i < int64_t(units.size()); i = next())
-      backward(arguments, units[i], units[i].first ? nullptr : &progress[i - 1], progress[i], scratch);
-  });
+  if (MULTIPLIES_BFLOAT16 && arguments.attention.q.type == Type::bfloat16) {
+    backward_in_bfloat16(arguments);
+  } else {
+    backward<InFloat32>(arguments);
+  }
 }
