@@ -65,7 +65,7 @@ def _backends(module: str, name: str, *, native: str | None = None) -> tuple[Imp
 
 # In the order of preference of "auto". The reference is never chosen by itself: it is there to be compared with.
 TABLE: dict[str, tuple[Implementation, ...]] = {
-    "softmax_attention": _backends("attention", "softmax_attention"),
+    "softmax_attention": _backends("attention", "softmax_attention", native="softmax_attention"),
     "linear_attention": _backends("recurrence", "linear_attention", native="linear_attention"),
     "delta_rule": _backends("delta", "delta_rule", native="low_rank"),
     "dplr": _backends("delta", "dplr", native="low_rank"),
