@@ -27,28 +27,28 @@ TIMED = ("softmax_attention", WINDOWED, "linear_attention", LINEAR, DELTA)
 
 def rows(only: str | None = None) -> Iterator[Row]:
     """Errors against each oracle, forward + backward over SDPA's, and what each part measures; lengths at the end."""
-    exact = {f"largest relative error, {o.operator} against {o.name}": o for o in errors.ORACLES}
-    lengths = ops_lengths.measures()
-    measures: dict[str, Callable[[str], Row]] = {
-        AGAINST_SDPA: _exact_softmax,
-        **{measure: lambda measure, oracle=oracle: _exact(measure, oracle) for measure, oracle in exact.items()},
-        **{
-            f"forward + backward over SDPA, {name}, {(s.batch, s.length, s.heads, s.size)}": (
-                lambda measure, name=name, shape=s: _timed(measure, name, shape)
-            )
-            for s in SHAPES
-            for name in TIMED
-        },
-        **ops_speed.measures(),
-        **ops_memory.measures(),
-        **ops_training.measures(),
-    }
-    chosen = wanted([*measures, *lengths], only)
+    single, lengths = measures(), ops_lengths.measures()
+    chosen = wanted([*single, *lengths], only)
     for measure in chosen:
-        if measure in measures:
-            yield measures[measure](measure)
+        if measure in single:
+            yield single[measure](measure)
     if along := [lengths[measure] for measure in chosen if measure in lengths]:
         yield from ops_lengths.rows(along)
+
+
+def measures() -> dict[str, Callable[[str], Row]]:
+    """How to measure each row that is measured by itself."""
+    made: dict[str, Callable[[str], Row]] = {AGAINST_SDPA: _exact_softmax}
+    for oracle in errors.ORACLES:
+        made[f"largest relative error, {oracle.operator} against {oracle.name}"] = lambda measure, oracle=oracle: (
+            _exact(measure, oracle)
+        )
+    for shape in SHAPES:
+        for name in TIMED:
+            made[f"forward + backward over SDPA, {name}, {(shape.batch, shape.length, shape.heads, shape.size)}"] = (
+                lambda measure, name=name, shape=shape: _timed(measure, name, shape)
+            )
+    return {**made, **ops_speed.measures(), **ops_memory.measures(), **ops_training.measures()}
 
 
 def _exact_softmax(measure: str) -> Row:

@@ -54,7 +54,7 @@ def _shares() -> Measures:
         (torch.bfloat16, 128, ">= 0.40"),
     ):
         name = {torch.float32: "sgemm", torch.bfloat16: "bf16 gemm"}[dtype]
-        made[f"linear attention's FLOP/s over those of {name}, forward, T = 4,096, K = {size}"] = (
+        made[f"FLOP/s of linear attention over those of {name}, forward, T = 4,096, K = {size}"] = (
             lambda measure, dtype=dtype, size=size, target=target: _share(measure, dtype, size, target)
         )
     return made

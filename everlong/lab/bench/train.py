@@ -30,11 +30,12 @@ def rows(only: str | None = None) -> Iterator[Row]:
         "eager, float32, T = 1,024": (1024, "float32", False, ">= 1.3"),
         "compiled, bf16, T = 512": (512, "bf16", True, ">= 1.1"),
     }
+    # Without apostrophes: torch.compile writes what follows `--only` on the command line into its code as it is.
     measures: dict[str, Callable[[str], Row]] = {
-        f"tokens/s of training over transformers' Llama, {name}": lambda measure, how=how: _training(measure, *how)
+        f"tokens/s of training over Llama of transformers, {name}": lambda measure, how=how: _training(measure, *how)
         for name, how in trained.items()
     }
-    measures["MB/s of preparing over tokenizers' batch encoding"] = _preparing
+    measures["MB/s of preparing over batch encoding by tokenizers"] = _preparing
     measures["seconds to import everlong beyond torch"] = _importing
     for measure in wanted(measures, only):
         yield measures[measure](measure)
