@@ -8,8 +8,10 @@ import contextlib
 import functools
 import importlib
 import os
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,6 +23,7 @@ BACKENDS = ("reference", "torch", "native", "triton")
 FORMS = ("auto", "parallel", "chunk", "recurrent")
 ANY_DEVICE = frozenset({"cpu", "cuda", "mps", "xpu", "meta"})
 FLOATS = frozenset({torch.float64, torch.float32, torch.bfloat16, torch.float16})
+NATIVE_DTYPES = frozenset({torch.float32, torch.bfloat16})
 
 
 @dataclass(frozen=True)
@@ -35,15 +38,26 @@ class Implementation:
     def serves(self, device: str, dtype: torch.dtype) -> bool:
         return device in self.devices and dtype in self.dtypes
 
+    def missing(self, *, build: bool) -> str | None:
+        """Why it cannot run on this machine; None if it can. `build` makes sure of kernels that are not built yet."""
+        if self.backend != "native":
+            return None
+        from everlong.ops.native.build import obstacle
+
+        found = obstacle(try_it=build)
+        return None if found is None else str(found)
+
     def load(self) -> Callable[..., Any]:
         module, _, function = self.target.partition(":")
         return getattr(importlib.import_module(module), function)  # type: ignore[no-any-return]
 
 
-def _both(module: str, name: str) -> tuple[Implementation, ...]:
-    """The two backends that every operator has: the first is what "auto" prefers."""
+def _backends(module: str, name: str, *, native: str | None = None) -> tuple[Implementation, ...]:
+    """The two backends that every operator has, after the kernels of the module `native` where there are some."""
     place = f"everlong.ops.{module}"
+    kernels = Implementation("native", f"everlong.ops.native.{native}:{name}_native", frozenset({"cpu"}), NATIVE_DTYPES)
     return (
+        *((kernels,) if native else ()),
         Implementation("torch", f"{place}:{name}_torch"),
         Implementation("reference", f"{place}:{name}_reference"),
     )
@@ -51,13 +65,19 @@ def _both(module: str, name: str) -> tuple[Implementation, ...]:
 
 # In the order of preference of "auto". The reference is never chosen by itself: it is there to be compared with.
 TABLE: dict[str, tuple[Implementation, ...]] = {
-    "softmax_attention": _both("attention", "softmax_attention"),
-    "linear_attention": _both("recurrence", "linear_attention"),
-    "delta_rule": _both("delta", "delta_rule"),
-    "dplr": _both("delta", "dplr"),
-    "linear_scan": _both("scan", "linear_scan"),
-    "selective_scan": _both("scan", "selective_scan"),
-    "causal_conv1d": _both("scan", "causal_conv1d"),
+    "softmax_attention": _backends("attention", "softmax_attention"),
+    "linear_attention": _backends("recurrence", "linear_attention"),
+    "delta_rule": _backends("delta", "delta_rule"),
+    "dplr": _backends("delta", "dplr"),
+    "linear_scan": _backends("scan", "linear_scan", native="linear_scan"),
+    "selective_scan": _backends("scan", "selective_scan"),
+    "causal_conv1d": _backends("scan", "causal_conv1d"),
+    # The same over trees of tokens (`parents`), with `tree`, a Tree, for `cu_seqlens`.
+    "softmax_attention_tree": _backends("tree_attention", "softmax_attention_tree"),
+    "linear_attention_tree": _backends("tree_memory", "linear_attention_tree"),
+    "delta_rule_tree": _backends("tree_memory", "delta_rule_tree"),
+    "dplr_tree": _backends("tree_memory", "dplr_tree"),
+    "causal_conv1d_tree": _backends("scan", "causal_conv1d_tree"),
 }
 
 # A plain variable: torch.compile cannot follow a ContextVar.
@@ -72,6 +92,7 @@ class Choice:
     backend: str
     reason: str
     implementation: Implementation
+    warning: str | None = None  # about a faster way that is not open here
 
     def __str__(self) -> str:
         return f"{self.operator}: {self.backend} ({self.reason})"
@@ -94,22 +115,35 @@ def use_backend(name: str) -> Iterator[None]:
 
 
 def explain(operator: str, *tensors: Tensor, backend: str = "auto") -> Choice:
-    """Which implementation `operator` takes for these tensors (none: float32 on the CPU), and why."""
+    """Which implementation `operator` takes for these tensors (none: float32 on the CPU), and why; builds nothing."""
     device, dtype = (tensors[0].device.type, tensors[0].dtype) if tensors else ("cpu", torch.float32)
-    return _decide(operator, backend, device, dtype, _asked)
+    return _decide.__wrapped__(operator, backend, device, dtype, _asked, build=False)
 
 
-def choose(operator: str, backend: str, tensor: Tensor) -> Callable[..., Any]:
-    """The function that computes `operator` on this tensor's device and dtype."""
-    return _functions[_target(operator, backend, tensor.device.type, tensor.dtype, _asked)]
+def choose(operator: str, backend: str, tensor: Tensor, form: str = "auto") -> Callable[..., Any]:
+    """The function that computes `operator` on this tensor's device and dtype.
+
+    Kernels have one form, in chunks: where another is asked for, "auto" takes the torch backend.
+    """
+    asked = _asked if form in ("auto", "chunk") or backend != "auto" or _asked != "auto" else "torch"
+    return _functions[_target(operator, backend, tensor.device.type, tensor.dtype, asked)]
 
 
 def _target(operator: str, backend: str, device: str, dtype: torch.dtype, asked: str) -> str:
     """The key of the chosen function: torch.compile runs this while it traces, and takes a name but no function."""
-    found = _decide(operator, backend, device, dtype, asked).implementation
+    choice = _decide(operator, backend, device, dtype, asked, build=True)
+    found = choice.implementation
     if found.target not in _functions:
         _functions[found.target] = found.load()
+    if choice.warning:
+        _warn(choice.warning)
     return found.target
+
+
+@functools.cache
+def _warn(message: str) -> None:
+    """Once in a process."""
+    warnings.warn(message, UserWarning, stacklevel=4)
 
 
 # As `torch.compiler.assume_constant_result` marks it, which would import the compiler with everlong: 0.8 s.
@@ -126,6 +160,50 @@ def multiplies_bfloat16(device: str) -> bool:
     return any(there for name, there in torch.cpu.get_capabilities().items() if name.endswith("bf16"))
 
 
+def kernels_serve(*tensors: Tensor) -> bool:
+    """Whether the kernels compute the layers around the operators for these tensors.
+
+    They do where they are the fastest: in eager mode, since torch.compile joins such passes by itself.
+    """
+    if torch.compiler.is_compiling() or not all(x.is_cpu and x.dtype in NATIVE_DTYPES for x in tensors):
+        return False
+    return _kernels_serve(_asked)
+
+
+@functools.cache
+def _kernels_serve(asked: str) -> bool:
+    if _wish("auto", asked)[0] not in ("auto", "native"):
+        return False
+    from everlong.ops.native.build import obstacle
+
+    if missing := obstacle(try_it=True):
+        _warn(_slower(str(missing)))
+    return missing is None
+
+
+def cache_folder() -> Path:
+    """Where everlong keeps what it can make again: EVERLONG_CACHE, or the user's cache folder."""
+    if asked := os.environ.get("EVERLONG_CACHE"):
+        return Path(asked)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "everlong"
+
+
+def asked_compiler() -> str | None:
+    """The C++ compiler that CXX names."""
+    return os.environ.get("CXX") or None
+
+
+def asked_architecture() -> str | None:
+    """The processor that EVERLONG_MARCH names for the kernels, as the compiler's -march does."""
+    return os.environ.get("EVERLONG_MARCH") or None
+
+
+def environment(*, programs: str, compiler: str) -> dict[str, str]:
+    """That of a process which builds the kernels, with a folder of `programs` first."""
+    path = os.pathsep.join((programs, os.environ.get("PATH", os.defpath)))
+    return {**os.environ, "PATH": path, "CXX": compiler}
+
+
 def check_form(form: str) -> None:
     """Raises ValueError for a form that does not exist."""
     if form not in FORMS:
@@ -138,31 +216,44 @@ def _check_backend(name: str) -> None:
 
 
 @functools.cache
-def _decide(operator: str, backend: str, device: str, dtype: torch.dtype, asked: str) -> Choice:
+def _decide(operator: str, backend: str, device: str, dtype: torch.dtype, asked: str, *, build: bool) -> Choice:
     if operator not in TABLE:
         raise unknown("operator", operator, TABLE)
     _check_backend(backend)
     candidates = TABLE[operator]
-    name, reason = backend, "asked for by the call"
+    name, reason = _wish(backend, asked)
     if name == "auto":
-        name, reason = asked, "asked for by use_backend"
-    if name == "auto":
-        name, reason = os.environ.get("EVERLONG_BACKEND", "auto"), "asked for by EVERLONG_BACKEND"
-        _check_backend(name)
-    if name == "auto":
+        warning = None
         for candidate in candidates:
-            if candidate.serves(device, dtype):
-                return Choice(
-                    operator,
-                    candidate.backend,
-                    f"the fastest there is for {str(dtype).removeprefix('torch.')} on {device}",
-                    candidate,
-                )
+            if not candidate.serves(device, dtype):
+                continue
+            if missing := candidate.missing(build=build):
+                warning = _slower(missing)
+                continue
+            reason = f"the fastest there is for {str(dtype).removeprefix('torch.')} on {device}"
+            return Choice(operator, candidate.backend, warning or reason, candidate, warning)
         raise ValueError(f"{operator} takes floating-point tensors: got {dtype} on {device}")
     for candidate in candidates:
         if candidate.backend == name:
             if not candidate.serves(device, dtype):
                 raise ValueError(f"backend `{name}` of {operator} does not serve {dtype} on {device}")
+            if missing := candidate.missing(build=build):
+                raise ValueError(f"backend `{name}` of {operator} cannot run here: {missing}")
             return Choice(operator, name, reason, candidate)
     there = ", ".join(candidate.backend for candidate in candidates)
     raise ValueError(f"{operator} has no backend `{name}`. There is: {there}")
+
+
+def _wish(backend: str, asked: str) -> tuple[str, str]:
+    """The backend that is asked for, "auto" where none is, and by what."""
+    if backend != "auto":
+        return backend, "asked for by the call"
+    if asked != "auto":
+        return asked, "asked for by use_backend"
+    name = os.environ.get("EVERLONG_BACKEND", "auto")
+    _check_backend(name)
+    return name, "asked for by EVERLONG_BACKEND"
+
+
+def _slower(missing: str) -> str:
+    return f"everlong works without its kernels, several times slower: {missing}"

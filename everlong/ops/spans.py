@@ -27,6 +27,16 @@ def spans(length: int, cu_seqlens: Tensor | None) -> list[Span]:
     if cu_seqlens is None:
         return [Span(0, length, slice(None))]
     bounds = cu_seqlens.tolist()
+    _check(bounds, length)
+    return [Span(start, stop, slice(n, n + 1)) for n, (start, stop) in enumerate(itertools.pairwise(bounds))]
+
+
+def check_bounds(length: int, cu_seqlens: Tensor | None) -> None:
+    """Raises ValueError where `cu_seqlens` does not rise from 0 to the length."""
+    if cu_seqlens is not None:
+        _check(cu_seqlens.tolist(), length)
+
+
+def _check(bounds: list[int], length: int) -> None:
     if bounds != sorted(bounds) or bounds[:1] != [0] or bounds[-1] != length:
         raise ValueError(f"`cu_seqlens` must rise from 0 to T = {length}: got {bounds}")
-    return [Span(start, stop, slice(n, n + 1)) for n, (start, stop) in enumerate(itertools.pairwise(bounds))]
