@@ -32,17 +32,17 @@ def test_a_case_runs_forward_and_backward(name, dtype):
 
 
 def test_rows_of_native_kernels_come_from_the_table(monkeypatch):
-    assert set(ops_speed.measures()) >= {
-        f"times faster than the torch backend, {name}, forward + backward, T = 4,096" for name in cases.native()
-    }
     without = {name: tuple(x for x in found if x.backend != "native") for name, found in TABLE.items()}
     monkeypatch.setattr(cases, "TABLE", without)
     assert not cases.native()
     native = Implementation("native", "nowhere:nothing")
+    monkeypatch.setattr(Implementation, "missing", lambda self, *, build: None)
     monkeypatch.setattr(cases, "TABLE", {**without, "delta_rule": (native, *without["delta_rule"])})
     assert {case.operator for case in cases.native().values()} == {"delta_rule"}
     rows = [measure for measure in ops_speed.measures() if "torch backend" in measure]
-    assert len(rows) == 2 * len(cases.native())
+    assert len(rows) == 2 * len(cases.native())  # two lengths
+    monkeypatch.setattr(Implementation, "missing", lambda self, *, build: "no compiler")
+    assert not cases.native()
 
 
 def test_the_count_is_that_of_four_products_a_chunk():

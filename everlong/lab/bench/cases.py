@@ -82,38 +82,64 @@ class Case:
     names: tuple[str, ...]  # of its inputs
     call: Callable[..., Tensor]  # of the inputs and `backend`: the output without the state
     drawn: bool = True  # whether it has a line in the picture of times against length
+    lengths: tuple[int, ...] = (4096, 16_384)  # at which its backends are compared
 
     def on(self, backend: str) -> Callable[..., Tensor]:
         """The call with a backend, as a function of the inputs."""
         return partial(self.call, backend=backend)
 
 
-def linear(q: Tensor, k: Tensor, v: Tensor, decay: Tensor | None = None, backend: str = "auto") -> Tensor:
-    return ops.linear_attention(q, k, v, log_decay=decay, backend=backend)[0]
+def branches(x: Tensor, tree: bool) -> Tensor | None:
+    """Where the row is to be a tree, the parents of one in which every node has two children."""
+    return (torch.arange(x.shape[1]) - 1).div(2, rounding_mode="floor") if tree else None
 
 
-def delta(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, decay: Tensor | None = None, backend: str = "auto") -> Tensor:
-    return ops.delta_rule(q, k, v, beta, log_decay=decay, backend=backend)[0]
+def linear(
+    q: Tensor, k: Tensor, v: Tensor, decay: Tensor | None = None, *, tree: bool = False, backend: str = "auto"
+) -> Tensor:
+    return ops.linear_attention(q, k, v, log_decay=decay, parents=branches(q, tree), backend=backend)[0]
 
 
-def dplr(q: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, decay: Tensor, backend: str = "auto") -> Tensor:
-    return ops.dplr(q, k, v, a, b, log_decay=decay, backend=backend)[0]
+def delta(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    beta: Tensor,
+    decay: Tensor | None = None,
+    *,
+    tree: bool = False,
+    backend: str = "auto",
+) -> Tensor:
+    return ops.delta_rule(q, k, v, beta, log_decay=decay, parents=branches(q, tree), backend=backend)[0]
 
 
-def softmax(q: Tensor, k: Tensor, v: Tensor, window: int | None = None, backend: str = "auto") -> Tensor:
-    return ops.softmax_attention(q, k, v, window=window, backend=backend)
+def dplr(
+    q: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, decay: Tensor, *, tree: bool = False, backend: str = "auto"
+) -> Tensor:
+    return ops.dplr(q, k, v, a, b, log_decay=decay, parents=branches(q, tree), backend=backend)[0]
 
 
-def scan(gates: Tensor, x: Tensor, backend: str = "auto") -> Tensor:
+def softmax(
+    q: Tensor, k: Tensor, v: Tensor, *, window: int | None = None, tree: bool = False, backend: str = "auto"
+) -> Tensor:
+    return ops.softmax_attention(q, k, v, window=window, parents=branches(q, tree), backend=backend)
+
+
+def scan(gates: Tensor, x: Tensor, *, backend: str = "auto") -> Tensor:
     return ops.linear_scan(gates, x, backend=backend)[0]
 
 
-def selective(u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, backend: str = "auto") -> Tensor:
+def selective(u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, *, backend: str = "auto") -> Tensor:
     return ops.selective_scan(u, dt, A, B, C, backend=backend)[0]
 
 
-def convolution(x: Tensor, taps: Tensor, backend: str = "auto") -> Tensor:
-    return ops.causal_conv1d(x, taps, activation="silu", backend=backend)[0]
+def convolution(x: Tensor, taps: Tensor, *, tree: bool = False, backend: str = "auto") -> Tensor:
+    return ops.causal_conv1d(x, taps, activation="silu", parents=branches(x, tree), backend=backend)[0]
+
+
+def _tree(operator: str, names: tuple[str, ...], call: Callable[..., Tensor]) -> Case:
+    """The same over a tree, as small as those of speculation are."""
+    return Case(f"{operator}_tree", names, partial(call, tree=True), drawn=False, lengths=(64,))
 
 
 QKV = ("q", "k", "v")
@@ -134,10 +160,19 @@ CASES: dict[str, Case] = {
     "linear_scan, complex": Case("linear_scan", ("complex gates", "pairs"), scan),
     SELECTIVE: Case("selective_scan", ("x", "step", "rates", "in", "out"), selective),
     "causal_conv1d": Case("causal_conv1d", ("x", "taps"), convolution),
+    "softmax_attention, a tree": _tree("softmax_attention", QKV, softmax),
+    "linear_attention, a tree, decay of a token": _tree("linear_attention", (*QKV, "decay of a token"), linear),
+    "delta_rule, a tree, decay of a token": _tree("delta_rule", (*QKV, "beta", "decay of a token"), delta),
+    "dplr, a tree, decay of a channel": _tree("dplr", (*QKV, "a", "b", "decay of a channel"), dplr),
+    "causal_conv1d, a tree": _tree("causal_conv1d", ("x", "taps"), convolution),
 }
 
 
 def native() -> dict[str, Case]:
-    """The cases whose operator has native kernels."""
-    with_kernels = {name for name, found in TABLE.items() if any(one.backend == "native" for one in found)}
-    return {name: case for name, case in CASES.items() if case.operator in with_kernels}
+    """The cases whose operator has native kernels that can run here."""
+    return {name: case for name, case in CASES.items() if has_kernels(case.operator)}
+
+
+def has_kernels(operator: str) -> bool:
+    """Whether an operator has native kernels, and nothing is known that keeps them from being built here."""
+    return any(found.backend == "native" and found.missing(build=False) is None for found in TABLE[operator])

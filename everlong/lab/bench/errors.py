@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid, normalize
 
 from everlong import ops
-from everlong.ops.dispatch import TABLE
+from everlong.lab.bench.cases import has_kernels
 
 Inputs = dict[str, Tensor]
 Result = tuple[Tensor, Tensor | None]
@@ -242,8 +242,8 @@ def separately(oracle: Oracle, bounds: Tensor) -> Callable[[Inputs, Tensor | Non
 
 def ways(operator: str) -> list[tuple[str, str, str]]:
     """How ours can compute it: a name, the form and the backend; with native kernels where it has them."""
-    kernels = any(implementation.backend == "native" for implementation in TABLE[operator])
-    return [*((form, form, "torch") for form in FORMS), *([("native", "auto", "native")] if kernels else [])]
+    kernels = [("native", "auto", "native")] if has_kernels(operator) else []
+    return [*((form, form, "torch") for form in FORMS), *kernels]
 
 
 def rows(oracles: Sequence[Oracle] = ORACLES) -> list[dict[str, str | float]]:

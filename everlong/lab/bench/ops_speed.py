@@ -132,8 +132,8 @@ def _beside_the_torch_backend() -> Measures:
         f"times faster than the torch backend, {name}, forward + backward, T = {length:,}": (
             lambda measure, name=name, length=length: _native(measure, name, length)
         )
-        for name in native()
-        for length in (4096, 16_384)
+        for name, case in native().items()
+        for length in case.lengths
     }
 
 
