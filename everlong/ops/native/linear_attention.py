@@ -8,8 +8,9 @@ from torch import Tensor
 from everlong.ops.chunks import Size
 from everlong.ops.native.call import call
 from everlong.ops.native.register import differentiate, register
-from everlong.ops.recurrence import State, linear_attention_torch
+from everlong.ops.recurrence import linear_attention_torch
 from everlong.ops.spans import check_bounds
+from everlong.ops.tree import State
 
 GROUP = 128  # tokens from one saved state to the next, as in kernels/linear_attention.h
 

@@ -93,7 +93,7 @@ def _compute_backward(
     d_y: Tensor | None,
     d_last: Tensor | None,
     softplus: bool,
-    sequences: int | torch.SymInt,
+    sequences: int,
 ) -> tuple[Tensor, ...]:
     (rows, length, channels), states = u.shape, A.shape[1]
     gradients = _shapes_backward(u, dt, A, B, C, D, z, dt_bias, before, cu_seqlens, d_y, d_last, softplus, sequences)

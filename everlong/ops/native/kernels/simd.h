@@ -246,20 +246,6 @@ INLINE Vec exp2(Vec x) {
   return scaled(p * r + 1.0f, n);
 }
 
-// 2^x to about 2e-7 relative for x below 127; 0 below -126 (nothing denormal), NaN for NaN. Half the work of `exp`.
-INLINE Vec exp2(Vec x) {
-  const float big = 12582912.0f + 127.0f;  // rounds to a whole number, whose lowest bits are then n + 127
-  Vec shifted = x + big;
-  Vec r = x - (shifted - big);
-  Vec p = r * 1.327647013e-3f + 9.675540961e-3f;
-  p = p * r + 5.550713092e-2f;
-  p = p * r + 2.402212024e-1f;
-  p = p * r + 6.931469440e-1f;
-  p = p * r + 1.000000119f;
-  Vec y = p * (Vec)((Words)shifted << 23);
-  return x < -126.0f ? zeros() : y;
-}
-
 // ln x to about 1e-7 for normal x > 0; -inf at 0.
 INLINE Vec log(Vec x) {
   Words bits = (Words)x;
