@@ -5,6 +5,10 @@
 #include <cstring>
 #include <utility>
 
+#if defined(__SSE__)
+#include <immintrin.h>
+#endif
+
 #if defined(__AVX512F__)
 constexpr int LANES = 16;
 #elif defined(__AVX__)
@@ -66,6 +70,24 @@ INLINE void narrow(float x, bfloat16* to) {
   uint32_t bits;
   std::memcpy(&bits, &x, sizeof bits);
   to->bits = uint16_t(x == x ? (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16 : (bits >> 16) | 0x40u);
+}
+
+// Stores past the caches, which saves reading the line first: for results too large to be found there later. `to` lies on
+// a multiple of the vector's bytes, and `end_streams` comes before anybody else reads it.
+INLINE void stream(float* to, Vec x) {
+#if defined(__AVX512F__)
+  _mm512_stream_ps(to, (__m512)x);
+#elif defined(__AVX__)
+  _mm256_stream_ps(to, (__m256)x);
+#else
+  store(to, x);
+#endif
+}
+INLINE void stream(bfloat16* to, Vec x) { store(to, x); }
+INLINE void end_streams() {
+#if defined(__SSE__)
+  _mm_sfence();
+#endif
 }
 
 // The first `count` numbers (fewer than LANES are allowed) and zeros.
