@@ -20,16 +20,19 @@ struct GroupForward {
 
   // Tokens begin .. end of a head, from the state that stands in `last`, and to there.
   void run(const LowRankForward& x, const Sequence& s, int64_t n, int64_t head, int64_t begin, int64_t end) {
+    constexpr int SIZE = DECAY::SIZE;
+    const Stores stores = x.in.stores();
     read_state(block.state, begin == s.start ? x.state : x.last, n, head, x.in);
     if (x.starts) write_state(x.starts, x.in.group_at(s, n, begin), head, block.state, x.in);
-    for (int64_t t = begin; t < end; t += DECAY::SIZE) {
-      Place at{s.row, t, std::min<int64_t>(DECAY::SIZE, end - t), head};
+    for (int64_t t = begin; t < end; t += SIZE) {
+      Place at{s.row, t, std::min<int64_t>(SIZE, end - t), head};
+      Ahead ahead = block_ahead<RULE>(x.in, {s.row, t + SIZE, std::clamp<int64_t>(end - t - SIZE, 0, SIZE), head});
       read_block(block, x.in, at);
       DECAY::multiply(block);
-      solve(block);
-      output(block, o);
-      advance(block, block.state);
-      write_rows(x.o, at, o, block.values, x.in.values);
+      solve(block, ahead);
+      output(block, o, ahead);
+      advance(block, block.state, ahead);
+      write_rows(x.o, at, o, block.values, x.in.values, stores);
     }
     write_state(x.last, n, head, block.state, x.in);
   }
@@ -56,8 +59,9 @@ struct CarryBack {
       read_block(block, x.in, at);
       DECAY::multiply(block);
       read_rows(work.d_o, SIZE, block.values, x.d_o, at, head, x.in.values);
+      Ahead ahead;
       solve_backward(block, work);
-      advance_backward(block, work);
+      advance_backward(block, work, ahead);
     }
     write_state(x.d_state, n, head, work.d_state, x.in);
   }
@@ -84,14 +88,15 @@ struct GroupBackward {
     const int64_t count = (end - begin + SIZE - 1) / SIZE, group = in.group_at(s, n, begin);
     auto place = [&](int64_t i) {
       int64_t t = begin + i * SIZE;
-      return Place{s.row, t, std::min<int64_t>(SIZE, end - t), head};
+      return Place{s.row, t, std::clamp<int64_t>(end - t, 0, SIZE), head};
     };
     read_state(blocks[0].state, x.starts, group, head, in);
     for (int64_t i = 0; i < count; i++) {
+      Ahead ahead = block_ahead<RULE>(in, place(i + 1));
       read_block(blocks[i], in, place(i));
       DECAY::multiply(blocks[i]);
-      solve(blocks[i]);
-      if (i + 1 < count) advance(blocks[i], blocks[i + 1].state);
+      solve(blocks[i], ahead);
+      if (i + 1 < count) advance(blocks[i], blocks[i + 1].state, ahead);
     }
     if (x.ends) {
       read_state(work.d_state, x.ends, group, head, in);
@@ -100,13 +105,15 @@ struct GroupBackward {
     }
     for (int64_t i = count - 1; i >= 0; i--) {
       const Block<RULE, DECAY>& block = blocks[i];
+      Ahead ahead;
+      if (i > 0) ahead.add(x.d_o, offset(x.d_o, place(i - 1), head), SIZE, in.values);
       read_rows(work.d_o, SIZE, block.values, x.d_o, place(i), head, in.values);
       solve_backward(block, work);
       if constexpr (RULE::SOURCES == 2) second_source_backward(block, work);
       products_backward(block, work);
       DECAY::multiply_backward(block, work.gradient);
       write_gradients(x, place(i), block, work);
-      advance_backward(block, work);
+      advance_backward(block, work, ahead);
     }
     if (!x.ends) write_state(x.d_state, n, head, work.d_state, in);
   }
@@ -137,6 +144,7 @@ void for_heads(const Arguments& x, Visit visit) {
       visit(columns(x, part % parts * width, width), s, n, begin - part * in.heads, stop - part * in.heads);
       begin = stop;
     }
+    end_streams();
   });
 }
 
@@ -181,6 +189,7 @@ void backward_by_groups(const LowRankBackward& x) {
         int64_t t = s.start + unit / in.heads * in.group;
         group.run(x, s, n, unit % in.heads, t, std::min(t + in.group, s.stop));
       }
+      end_streams();
     });
   }
 }

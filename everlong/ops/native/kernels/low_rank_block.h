@@ -12,13 +12,15 @@
 //   dS = total D + reach_0' G + reach_1' z       dv = M_01' G + M_11' z + store_1' D
 //   dM_0s = G values_s'   dM_1s = z values_s'    dreach_0 = G S'   dreach_1 = z S'   dstore_s = values_s D'
 #pragma once
+#include "ahead.h"
 #include "blocks.h"
 
 // u, four tokens after four: what earlier ones wrote is a product, and among the four each uses those before it.
 template <class RULE, class DECAY>
-void solve(Block<RULE, DECAY>& x) {
+void solve(Block<RULE, DECAY>& x, Ahead& ahead) {
   constexpr int SIZE = DECAY::SIZE;
   for_tiles(SIZE, x.values, [&]<int ROWS, int VECTORS>(int64_t i, int64_t c) {
+    ahead.fetch_row();
     Tile<ROWS, VECTORS> tile;  // read, then u
     tile.clear();
     tile.add_product({x.reach[1] + i * x.keys, x.keys, 1}, x.state + c, x.values, x.keys);
@@ -45,9 +47,10 @@ void solve(Block<RULE, DECAY>& x) {
 }
 
 template <class RULE, class DECAY>
-void output(const Block<RULE, DECAY>& x, float* o) {
+void output(const Block<RULE, DECAY>& x, float* o, Ahead& ahead) {
   constexpr int SIZE = DECAY::SIZE;
   for_tiles(SIZE, x.values, [&]<int ROWS, int VECTORS>(int64_t i, int64_t c) {
+    ahead.fetch_row();
     Tile<ROWS, VECTORS> tile;
     tile.clear();
     tile.add_product({x.reach[0] + i * x.keys, x.keys, 1}, x.state + c, x.values, x.keys);
@@ -60,9 +63,10 @@ void output(const Block<RULE, DECAY>& x, float* o) {
 
 // The state after the block.
 template <class RULE, class DECAY>
-void advance(const Block<RULE, DECAY>& x, float* after) {
+void advance(const Block<RULE, DECAY>& x, float* after, Ahead& ahead) {
   constexpr int SIZE = DECAY::SIZE;
   for_tiles(x.keys, x.values, [&]<int ROWS, int VECTORS>(int64_t d, int64_t c) {
+    ahead.fetch_row();
     Tile<ROWS, VECTORS> tile;
     tile.load(x.state + d * x.values + c, x.values);
     tile.scale_rows(x.total + d);
@@ -165,9 +169,10 @@ void products_backward(const Block<RULE, DECAY>& x, Workspace<RULE, DECAY>& w) {
 
 // The gradient of the state before the block from that of the state after it, in place.
 template <class RULE, class DECAY>
-void advance_backward(const Block<RULE, DECAY>& x, Workspace<RULE, DECAY>& w) {
+void advance_backward(const Block<RULE, DECAY>& x, Workspace<RULE, DECAY>& w, Ahead& ahead) {
   constexpr int SIZE = DECAY::SIZE;
   for_tiles(x.keys, x.values, [&]<int ROWS, int VECTORS>(int64_t d, int64_t c) {
+    ahead.fetch_row();
     Tile<ROWS, VECTORS> tile;
     float* at = w.d_state + d * x.values + c;
     tile.load(at, x.values);

@@ -2,6 +2,8 @@
 #pragma once
 #include "low_rank_block.h"
 
+enum class Stores { cached, streamed };
+
 struct LowRankInputs {
   Tensor q, k, v, beta, a, b, log_decay;  // [B, T, heads, channels]; without channels beta and the decay of tokens
   Tensor cu_seqlens;
@@ -10,6 +12,11 @@ struct LowRankInputs {
 
   // The head of x that a head of v uses.
   int64_t shared(int64_t head, int64_t heads_of_x) const { return head / (heads / heads_of_x); }
+  // Results beyond the size of a processor's cache are not read from there again.
+  Stores stores() const {
+    const int64_t numbers = (cu_seqlens ? 1 : sequences) * length * heads * std::max(keys, values);
+    return numbers > (1 << 20) ? Stores::streamed : Stores::cached;
+  }
   int64_t padded_keys() const { return round_up(keys, LINE); }
   int64_t padded_values() const { return round_up(values, LINE); }
   // Where the state before token t of a sequence stands among those kept: each sequence has room for its groups.
@@ -72,9 +79,18 @@ inline void read_rows(float* to, int64_t size, int64_t width, const Tensor& from
   std::fill(to + at.count * width, to + size * width, 0.0f);
 }
 
-inline void write_rows(const Tensor& to, const Place& at, const float* from, int64_t width, int64_t channels) {
-  for (int64_t i = 0; i < at.count; i++)
-    write(to, offset(to, at, at.head) + i * to.stride[1], from + i * width, channels, to.stride[3]);
+inline void write_rows(const Tensor& to, const Place& at, const float* from, int64_t width, int64_t channels,
+                       Stores stores) {
+  for (int64_t i = 0; i < at.count; i++) {
+    const int64_t first = offset(to, at, at.head) + i * to.stride[1];
+    float* row = static_cast<float*>(to.data) + first;
+    const bool aligned = reinterpret_cast<uintptr_t>(row) % sizeof(Vec) == 0 && channels % LANES == 0;
+    if (stores == Stores::streamed && to.type == Type::float32 && to.stride[3] == 1 && aligned) {
+      for (int64_t c = 0; c < channels; c += LANES) stream(row + c, load(from + i * width + c));
+    } else {
+      write(to, first, from + i * width, channels, to.stride[3]);
+    }
+  }
 }
 
 // One state of `[.., H, K, V]`; nothing given is zeros.
@@ -106,6 +122,22 @@ inline void copy_state(const Tensor& to, int64_t n, const Tensor& from, int64_t 
   }
 }
 
+// What `read_block` will read.
+template <class RULE>
+Ahead block_ahead(const LowRankInputs& in, const Place& at) {
+  Ahead ahead;
+  const int64_t head = in.shared(at.head, in.key_heads);
+  ahead.add(in.q, offset(in.q, at, head), at.count, in.keys);
+  ahead.add(in.k, offset(in.k, at, head), at.count, in.keys);
+  ahead.add(in.v, offset(in.v, at, at.head), at.count, in.values);
+  if (in.by_channel) ahead.add(in.log_decay, offset(in.log_decay, at, at.head), at.count, in.keys);
+  if constexpr (RULE::SOURCES == 2) {
+    ahead.add(in.a, offset(in.a, at, in.shared(at.head, in.a_heads)), at.count, in.keys);
+    ahead.add(in.b, offset(in.b, at, in.shared(at.head, in.b_heads)), at.count, in.keys);
+  }
+  return ahead;
+}
+
 // Tokens of a head as a block of what the equations are about.
 template <class RULE, class DECAY>
 void read_block(Block<RULE, DECAY>& x, const LowRankInputs& in, const Place& at) {
@@ -132,26 +164,27 @@ void write_gradients(const LowRankBackward& arguments, const Place& at, const Bl
                      Workspace<RULE, DECAY>& w) {
   constexpr int SIZE = DECAY::SIZE;
   const LowRankInputs& in = arguments.in;
+  const Stores stores = in.stores();
   float **receiver = w.gradient.receiver, **source = w.gradient.source;
   const float scale = float(in.scale);
   for (int64_t i = 0; i < SIZE * x.keys; i += LANES) {
     store(receiver[0] + i, load(receiver[0] + i) * scale);
     if constexpr (RULE::SOURCES == 1) store(source[0] + i, load(source[0] + i) + load(receiver[1] + i));
   }
-  write_rows(arguments.d_q, at, receiver[0], x.keys, in.keys);
-  write_rows(arguments.d_k, at, source[RULE::SOURCES - 1], x.keys, in.keys);
-  write_rows(arguments.d_v, at, w.d_v, x.values, in.values);
+  write_rows(arguments.d_q, at, receiver[0], x.keys, in.keys, stores);
+  write_rows(arguments.d_k, at, source[RULE::SOURCES - 1], x.keys, in.keys, stores);
+  write_rows(arguments.d_v, at, w.d_v, x.values, in.values, stores);
   if constexpr (RULE::SOURCES == 1) {
     const Tensor& d_beta = arguments.d_beta;
     write(d_beta, offset(d_beta, at, at.head), w.d_beta, at.count, d_beta.stride[1]);
   } else {
-    write_rows(arguments.d_a, at, receiver[1], x.keys, in.keys);
-    write_rows(arguments.d_b, at, source[0], x.keys, in.keys);
+    write_rows(arguments.d_a, at, receiver[1], x.keys, in.keys, stores);
+    write_rows(arguments.d_b, at, source[0], x.keys, in.keys, stores);
   }
   const Tensor& d_g = arguments.d_log_decay;
   if (!d_g) return;
   if (in.by_channel) {
-    write_rows(d_g, at, w.gradient.log_decay, x.keys, in.keys);
+    write_rows(d_g, at, w.gradient.log_decay, x.keys, in.keys, stores);
   } else {
     write(d_g, offset(d_g, at, at.head), w.gradient.log_decay, at.count, d_g.stride[1]);
   }
