@@ -2,8 +2,6 @@
 #pragma once
 #include "low_rank_block.h"
 
-enum class Stores { cached, streamed };
-
 struct LowRankInputs {
   Tensor q, k, v, beta, a, b, log_decay;  // [B, T, heads, channels]; without channels beta and the decay of tokens
   Tensor cu_seqlens;
@@ -72,25 +70,19 @@ INLINE int64_t offset(const Tensor& x, const Place& at, int64_t head) {
 // [size, width] as float32, zeros around what is there.
 inline void read_rows(float* to, int64_t size, int64_t width, const Tensor& from, const Place& at, int64_t head,
                       int64_t channels) {
-  for (int64_t i = 0; i < at.count; i++) {
-    read(to + i * width, from, offset(from, at, head) + i * from.stride[1], channels, from.stride[3]);
-    std::fill(to + i * width + channels, to + (i + 1) * width, 0.0f);
+  const int64_t first = offset(from, at, head);
+  if (channels == width && from.stride[3] == 1) {
+    with_type(from, [&](auto number) {
+      const auto* row = static_cast<const decltype(number)*>(from.data) + first;
+      for (int64_t i = 0; i < at.count; i++, row += from.stride[1])
+        for (int64_t c = 0; c < width; c += LANES) store(to + i * width + c, load(row + c));
+    });
+  } else {
+    std::fill(to, to + at.count * width, 0.0f);
+    for (int64_t i = 0; i < at.count; i++)
+      read(to + i * width, from, first + i * from.stride[1], channels, from.stride[3]);
   }
   std::fill(to + at.count * width, to + size * width, 0.0f);
-}
-
-inline void write_rows(const Tensor& to, const Place& at, const float* from, int64_t width, int64_t channels,
-                       Stores stores) {
-  for (int64_t i = 0; i < at.count; i++) {
-    const int64_t first = offset(to, at, at.head) + i * to.stride[1];
-    float* row = static_cast<float*>(to.data) + first;
-    const bool aligned = reinterpret_cast<uintptr_t>(row) % sizeof(Vec) == 0 && channels % LANES == 0;
-    if (stores == Stores::streamed && to.type == Type::float32 && to.stride[3] == 1 && aligned) {
-      for (int64_t c = 0; c < channels; c += LANES) stream(row + c, load(from + i * width + c));
-    } else {
-      write(to, first, from + i * width, channels, to.stride[3]);
-    }
-  }
 }
 
 // One state of `[.., H, K, V]`; nothing given is zeros.
@@ -103,10 +95,12 @@ inline void read_state(float* to, const Tensor& from, int64_t n, int64_t head, c
            from.stride[3]);
 }
 
-inline void write_state(const Tensor& to, int64_t n, int64_t head, const float* from, const LowRankInputs& in) {
-  for (int64_t d = 0; d < in.keys; d++)
-    write(to, n * to.stride[0] + head * to.stride[1] + d * to.stride[2], from + d * in.padded_values(), in.values,
-          to.stride[3]);
+inline void write_state(const Tensor& to, int64_t n, int64_t head, const float* from, const LowRankInputs& in,
+                        Stores stores = Stores::cached) {
+  for (int64_t d = 0; d < in.keys; d++) {
+    const int64_t first = n * to.stride[0] + head * to.stride[1] + d * to.stride[2];
+    write_row(to, first, from + d * in.padded_values(), in.values, to.stride[3], stores);
+  }
 }
 
 // The same state of another tensor; nothing given is zeros.
@@ -124,18 +118,18 @@ inline void copy_state(const Tensor& to, int64_t n, const Tensor& from, int64_t 
 
 // What `read_block` will read.
 template <class RULE>
-Ahead block_ahead(const LowRankInputs& in, const Place& at) {
-  Ahead ahead;
-  const int64_t head = in.shared(at.head, in.key_heads);
-  ahead.add(in.q, offset(in.q, at, head), at.count, in.keys);
-  ahead.add(in.k, offset(in.k, at, head), at.count, in.keys);
-  ahead.add(in.v, offset(in.v, at, at.head), at.count, in.values);
-  if (in.by_channel) ahead.add(in.log_decay, offset(in.log_decay, at, at.head), at.count, in.keys);
+void fetch_block(Meanwhile& meanwhile, const LowRankInputs& in, const Place& at) {
+  auto fetch = [&](const Tensor& x, int64_t heads, int64_t channels) {
+    meanwhile.fetch(x, offset(x, at, in.shared(at.head, heads)), at.count, channels);
+  };
+  fetch(in.q, in.key_heads, in.keys);
+  fetch(in.k, in.key_heads, in.keys);
+  fetch(in.v, in.heads, in.values);
+  if (in.by_channel) fetch(in.log_decay, in.heads, in.keys);
   if constexpr (RULE::SOURCES == 2) {
-    ahead.add(in.a, offset(in.a, at, in.shared(at.head, in.a_heads)), at.count, in.keys);
-    ahead.add(in.b, offset(in.b, at, in.shared(at.head, in.b_heads)), at.count, in.keys);
+    fetch(in.a, in.a_heads, in.keys);
+    fetch(in.b, in.b_heads, in.keys);
   }
-  return ahead;
 }
 
 // Tokens of a head as a block of what the equations are about.
@@ -160,32 +154,33 @@ void read_block(Block<RULE, DECAY>& x, const LowRankInputs& in, const Place& at)
 }
 
 template <class RULE, class DECAY>
-void write_gradients(const LowRankBackward& arguments, const Place& at, const Block<RULE, DECAY>& x,
-                     Workspace<RULE, DECAY>& w) {
+void write_gradients(Meanwhile& meanwhile, const LowRankBackward& x, const Place& at, Workspace<RULE, DECAY>& w) {
   constexpr int SIZE = DECAY::SIZE;
-  const LowRankInputs& in = arguments.in;
-  const Stores stores = in.stores();
+  const LowRankInputs& in = x.in;
+  const int64_t keys = in.padded_keys();
   float **receiver = w.gradient.receiver, **source = w.gradient.source;
-  const float scale = float(in.scale);
-  for (int64_t i = 0; i < SIZE * x.keys; i += LANES) {
-    store(receiver[0] + i, load(receiver[0] + i) * scale);
+  for (int64_t i = 0; i < SIZE * keys; i += LANES) {
+    store(receiver[0] + i, load(receiver[0] + i) * float(in.scale));
     if constexpr (RULE::SOURCES == 1) store(source[0] + i, load(source[0] + i) + load(receiver[1] + i));
   }
-  write_rows(arguments.d_q, at, receiver[0], x.keys, in.keys, stores);
-  write_rows(arguments.d_k, at, source[RULE::SOURCES - 1], x.keys, in.keys, stores);
-  write_rows(arguments.d_v, at, w.d_v, x.values, in.values, stores);
+  auto write_rows = [&](const Tensor& to, const float* from, int64_t width, int64_t channels) {
+    meanwhile.write(to, offset(to, at, at.head), at.count, channels, from, width);
+  };
+  auto write_numbers = [&](const Tensor& to, const float* from) {
+    if (to) write(to, offset(to, at, at.head), from, at.count, to.stride[1]);
+  };
+  write_rows(x.d_q, receiver[0], keys, in.keys);
+  write_rows(x.d_k, source[RULE::SOURCES - 1], keys, in.keys);
+  write_rows(x.d_v, w.d_v, in.padded_values(), in.values);
   if constexpr (RULE::SOURCES == 1) {
-    const Tensor& d_beta = arguments.d_beta;
-    write(d_beta, offset(d_beta, at, at.head), w.d_beta, at.count, d_beta.stride[1]);
+    write_numbers(x.d_beta, w.d_beta);
   } else {
-    write_rows(arguments.d_a, at, receiver[1], x.keys, in.keys, stores);
-    write_rows(arguments.d_b, at, source[0], x.keys, in.keys, stores);
+    write_rows(x.d_a, receiver[1], keys, in.keys);
+    write_rows(x.d_b, source[0], keys, in.keys);
   }
-  const Tensor& d_g = arguments.d_log_decay;
-  if (!d_g) return;
   if (in.by_channel) {
-    write_rows(d_g, at, w.gradient.log_decay, x.keys, in.keys, stores);
+    write_rows(x.d_log_decay, w.gradient.log_decay, keys, in.keys);
   } else {
-    write(d_g, offset(d_g, at, at.head), w.gradient.log_decay, at.count, d_g.stride[1]);
+    write_numbers(x.d_log_decay, w.gradient.log_decay);
   }
 }
