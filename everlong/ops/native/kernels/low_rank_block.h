@@ -13,12 +13,14 @@
 //   dM_0s = G values_s'   dM_1s = z values_s'    dreach_0 = G S'   dreach_1 = z S'   dstore_s = values_s D'
 #pragma once
 #include "blocks.h"
+#include "meanwhile.h"
 
 // u, four tokens after four: what earlier ones wrote is a product, and among the four each uses those before it.
 template <class RULE, class DECAY>
-void solve(Block<RULE, DECAY>& x) {
+void solve(Block<RULE, DECAY>& x, Meanwhile& meanwhile) {
   constexpr int SIZE = DECAY::SIZE;
   for_tiles(SIZE, x.values, [&]<int ROWS, int VECTORS>(int64_t i, int64_t c) {
+    meanwhile.step();
     Tile<ROWS, VECTORS> tile;  // read, then u
     tile.clear();
     tile.add_product({x.reach[1] + i * x.keys, x.keys, 1}, x.state + c, x.values, x.keys);
@@ -45,9 +47,10 @@ void solve(Block<RULE, DECAY>& x) {
 }
 
 template <class RULE, class DECAY>
-void output(const Block<RULE, DECAY>& x, float* o) {
+void output(const Block<RULE, DECAY>& x, float* o, Meanwhile& meanwhile) {
   constexpr int SIZE = DECAY::SIZE;
   for_tiles(SIZE, x.values, [&]<int ROWS, int VECTORS>(int64_t i, int64_t c) {
+    meanwhile.step();
     Tile<ROWS, VECTORS> tile;
     tile.clear();
     tile.add_product({x.reach[0] + i * x.keys, x.keys, 1}, x.state + c, x.values, x.keys);
@@ -60,9 +63,10 @@ void output(const Block<RULE, DECAY>& x, float* o) {
 
 // The state after the block.
 template <class RULE, class DECAY>
-void advance(const Block<RULE, DECAY>& x, float* after) {
+void advance(const Block<RULE, DECAY>& x, float* after, Meanwhile& meanwhile) {
   constexpr int SIZE = DECAY::SIZE;
   for_tiles(x.keys, x.values, [&]<int ROWS, int VECTORS>(int64_t d, int64_t c) {
+    meanwhile.step();
     Tile<ROWS, VECTORS> tile;
     tile.load(x.state + d * x.values + c, x.values);
     tile.scale_rows(x.total + d);
@@ -147,27 +151,36 @@ void second_source_backward(const Block<LowRankRule, DECAY>& x, Workspace<LowRan
 
 // The gradients of products, receivers and sources that the state's decay does not enter any more.
 template <class RULE, class DECAY>
-void products_backward(const Block<RULE, DECAY>& x, Workspace<RULE, DECAY>& w) {
+void products_backward(const Block<RULE, DECAY>& x, Workspace<RULE, DECAY>& w, Meanwhile& meanwhile) {
   constexpr int SIZE = DECAY::SIZE;
   transpose(w.state_transposed, x.keys, x.state, x.values, x.keys, x.values);
   transpose(w.d_transposed, x.keys, w.d_state, x.values, x.keys, x.values);
   const float *reads[2] = {w.d_o, w.d_read}, *values[2] = {x.u, x.v};
+  auto multiply_all = [&](float* product, const float* rows, const float* state_transposed) {
+    for_tiles(SIZE, x.keys, [&]<int ROWS, int VECTORS>(int64_t i, int64_t d) {
+      meanwhile.step();
+      Tile<ROWS, VECTORS> tile;
+      tile.clear();
+      tile.add_product({rows + i * x.values, x.values, 1}, state_transposed + d, x.keys, x.values);
+      tile.store(product + i * x.keys + d, x.keys);
+    });
+  };
   for (int s = 0; s < RULE::SOURCES; s++) {
     transpose(w.values_transposed, SIZE, values[s], x.values, SIZE, x.values);
     for (int r = 0; r < 2; r++) multiply_lower<SIZE>(w.gradient.matrix[r][s], reads[r], w.values_transposed, x.values);
-    multiply(w.gradient.store[s], x.keys, {values[s], x.values, 1}, w.d_transposed, x.keys, SIZE, x.keys, x.values);
+    multiply_all(w.gradient.store[s], values[s], w.d_transposed);
   }
-  for (int r = 0; r < 2; r++)
-    multiply(w.gradient.reach[r], x.keys, {reads[r], x.values, 1}, w.state_transposed, x.keys, SIZE, x.keys, x.values);
+  for (int r = 0; r < 2; r++) multiply_all(w.gradient.reach[r], reads[r], w.state_transposed);
   for (int64_t d = 0; d < x.keys; d++)
     w.gradient.total[d] = x.total[d] * dot(x.state + d * x.values, w.d_state + d * x.values, x.values);
 }
 
 // The gradient of the state before the block from that of the state after it, in place.
 template <class RULE, class DECAY>
-void advance_backward(const Block<RULE, DECAY>& x, Workspace<RULE, DECAY>& w) {
+void advance_backward(const Block<RULE, DECAY>& x, Workspace<RULE, DECAY>& w, Meanwhile& meanwhile) {
   constexpr int SIZE = DECAY::SIZE;
   for_tiles(x.keys, x.values, [&]<int ROWS, int VECTORS>(int64_t d, int64_t c) {
+    meanwhile.step();
     Tile<ROWS, VECTORS> tile;
     float* at = w.d_state + d * x.values + c;
     tile.load(at, x.values);

@@ -10,6 +10,11 @@ struct LowRankInputs {
 
   // The head of x that a head of v uses.
   int64_t shared(int64_t head, int64_t heads_of_x) const { return head / (heads / heads_of_x); }
+  // Results beyond the size of a processor's cache are not read from there again.
+  Stores stores() const {
+    const int64_t numbers = (cu_seqlens ? 1 : sequences) * length * heads * std::max(keys, values);
+    return numbers > (1 << 20) ? Stores::streamed : Stores::cached;
+  }
   int64_t padded_keys() const { return round_up(keys, LINE); }
   int64_t padded_values() const { return round_up(values, LINE); }
   // Where the state before token t of a sequence stands among those kept: each sequence has room for its groups.
@@ -65,16 +70,19 @@ INLINE int64_t offset(const Tensor& x, const Place& at, int64_t head) {
 // [size, width] as float32, zeros around what is there.
 inline void read_rows(float* to, int64_t size, int64_t width, const Tensor& from, const Place& at, int64_t head,
                       int64_t channels) {
-  for (int64_t i = 0; i < at.count; i++) {
-    read(to + i * width, from, offset(from, at, head) + i * from.stride[1], channels, from.stride[3]);
-    std::fill(to + i * width + channels, to + (i + 1) * width, 0.0f);
+  const int64_t first = offset(from, at, head);
+  if (channels == width && from.stride[3] == 1) {
+    with_type(from, [&](auto number) {
+      const auto* row = static_cast<const decltype(number)*>(from.data) + first;
+      for (int64_t i = 0; i < at.count; i++, row += from.stride[1])
+        for (int64_t c = 0; c < width; c += LANES) store(to + i * width + c, load(row + c));
+    });
+  } else {
+    std::fill(to, to + at.count * width, 0.0f);
+    for (int64_t i = 0; i < at.count; i++)
+      read(to + i * width, from, first + i * from.stride[1], channels, from.stride[3]);
   }
   std::fill(to + at.count * width, to + size * width, 0.0f);
-}
-
-inline void write_rows(const Tensor& to, const Place& at, const float* from, int64_t width, int64_t channels) {
-  for (int64_t i = 0; i < at.count; i++)
-    write(to, offset(to, at, at.head) + i * to.stride[1], from + i * width, channels, to.stride[3]);
 }
 
 // One state of `[.., H, K, V]`; nothing given is zeros.
@@ -87,10 +95,12 @@ inline void read_state(float* to, const Tensor& from, int64_t n, int64_t head, c
            from.stride[3]);
 }
 
-inline void write_state(const Tensor& to, int64_t n, int64_t head, const float* from, const LowRankInputs& in) {
-  for (int64_t d = 0; d < in.keys; d++)
-    write(to, n * to.stride[0] + head * to.stride[1] + d * to.stride[2], from + d * in.padded_values(), in.values,
-          to.stride[3]);
+inline void write_state(const Tensor& to, int64_t n, int64_t head, const float* from, const LowRankInputs& in,
+                        Stores stores = Stores::cached) {
+  for (int64_t d = 0; d < in.keys; d++) {
+    const int64_t first = n * to.stride[0] + head * to.stride[1] + d * to.stride[2];
+    write_row(to, first, from + d * in.padded_values(), in.values, to.stride[3], stores);
+  }
 }
 
 // The same state of another tensor; nothing given is zeros.
@@ -103,6 +113,22 @@ inline void copy_state(const Tensor& to, int64_t n, const Tensor& from, int64_t 
     } else {
       std::fill(row, row + in.values, 0.0f);
     }
+  }
+}
+
+// What `read_block` will read.
+template <class RULE>
+void fetch_block(Meanwhile& meanwhile, const LowRankInputs& in, const Place& at) {
+  auto fetch = [&](const Tensor& x, int64_t heads, int64_t channels) {
+    meanwhile.fetch(x, offset(x, at, in.shared(at.head, heads)), at.count, channels);
+  };
+  fetch(in.q, in.key_heads, in.keys);
+  fetch(in.k, in.key_heads, in.keys);
+  fetch(in.v, in.heads, in.values);
+  if (in.by_channel) fetch(in.log_decay, in.heads, in.keys);
+  if constexpr (RULE::SOURCES == 2) {
+    fetch(in.a, in.a_heads, in.keys);
+    fetch(in.b, in.b_heads, in.keys);
   }
 }
 
@@ -128,31 +154,33 @@ void read_block(Block<RULE, DECAY>& x, const LowRankInputs& in, const Place& at)
 }
 
 template <class RULE, class DECAY>
-void write_gradients(const LowRankBackward& arguments, const Place& at, const Block<RULE, DECAY>& x,
-                     Workspace<RULE, DECAY>& w) {
+void write_gradients(Meanwhile& meanwhile, const LowRankBackward& x, const Place& at, Workspace<RULE, DECAY>& w) {
   constexpr int SIZE = DECAY::SIZE;
-  const LowRankInputs& in = arguments.in;
+  const LowRankInputs& in = x.in;
+  const int64_t keys = in.padded_keys();
   float **receiver = w.gradient.receiver, **source = w.gradient.source;
-  const float scale = float(in.scale);
-  for (int64_t i = 0; i < SIZE * x.keys; i += LANES) {
-    store(receiver[0] + i, load(receiver[0] + i) * scale);
+  for (int64_t i = 0; i < SIZE * keys; i += LANES) {
+    store(receiver[0] + i, load(receiver[0] + i) * float(in.scale));
     if constexpr (RULE::SOURCES == 1) store(source[0] + i, load(source[0] + i) + load(receiver[1] + i));
   }
-  write_rows(arguments.d_q, at, receiver[0], x.keys, in.keys);
-  write_rows(arguments.d_k, at, source[RULE::SOURCES - 1], x.keys, in.keys);
-  write_rows(arguments.d_v, at, w.d_v, x.values, in.values);
+  auto write_rows = [&](const Tensor& to, const float* from, int64_t width, int64_t channels) {
+    meanwhile.write(to, offset(to, at, at.head), at.count, channels, from, width);
+  };
+  auto write_numbers = [&](const Tensor& to, const float* from) {
+    if (to) write(to, offset(to, at, at.head), from, at.count, to.stride[1]);
+  };
+  write_rows(x.d_q, receiver[0], keys, in.keys);
+  write_rows(x.d_k, source[RULE::SOURCES - 1], keys, in.keys);
+  write_rows(x.d_v, w.d_v, in.padded_values(), in.values);
   if constexpr (RULE::SOURCES == 1) {
-    const Tensor& d_beta = arguments.d_beta;
-    write(d_beta, offset(d_beta, at, at.head), w.d_beta, at.count, d_beta.stride[1]);
+    write_numbers(x.d_beta, w.d_beta);
   } else {
-    write_rows(arguments.d_a, at, receiver[1], x.keys, in.keys);
-    write_rows(arguments.d_b, at, source[0], x.keys, in.keys);
+    write_rows(x.d_a, receiver[1], keys, in.keys);
+    write_rows(x.d_b, source[0], keys, in.keys);
   }
-  const Tensor& d_g = arguments.d_log_decay;
-  if (!d_g) return;
   if (in.by_channel) {
-    write_rows(d_g, at, w.gradient.log_decay, x.keys, in.keys);
+    write_rows(x.d_log_decay, w.gradient.log_decay, keys, in.keys);
   } else {
-    write(d_g, offset(d_g, at, at.head), w.gradient.log_decay, at.count, d_g.stride[1]);
+    write_numbers(x.d_log_decay, w.gradient.log_decay);
   }
 }

@@ -99,7 +99,7 @@ struct FewTokens {
       Place at{s.row, t, 1, head};
       read_token(in, at);
       step(token, state, row, after, x.last.stride[2], in.keys, in.values);
-      write_rows(x.o, at, token.o, in.padded_values(), in.values);
+      write(x.o, offset(x.o, at, head), token.o, in.values, x.o.stride[3]);
       state = after, row = x.last.stride[2];
     }
     if (s.start == s.stop) copy_state(x.last, n, x.state, n, head, in);
