@@ -25,8 +25,9 @@ void read_state(float* o, const Block& b, const float* state) {
 }
 
 // S <- total S + writing^T v; the block's own part is summed first, lest each small addition to a large state be rounded
-void move_state(float* state, const Block& b) {
+void move_state(float* state, const Block& b, Ahead ahead) {
   for_tiles(b.keys, b.values, [&]<int ROWS, int WIDTH>(int64_t d, int64_t j) {
+    ahead.next_row();
     Tile<ROWS, WIDTH> tile;
     tile.clear();
     tile.add_product({b.writing + d, 1, b.keys}, b.v + j, b.values, BLOCK);
@@ -71,9 +72,15 @@ void in_blocks(const Forward& x, const Team& team, const Sequence& s) {
         block.load_reading(s, head, t);
         block.weigh();
         read_state(o, block, state);
-        move_state(state, block);
+        bool turn = t + BLOCK >= std::min(s.stop, start + VISIT), last = h + 1 == team.heads;
+        int64_t next = turn ? head + (last ? 1 - team.heads : 1) : head;
+        int64_t token = turn ? (last ? start + VISIT : start) : t + BLOCK;
+        Ahead ahead(std::min<int64_t>(BLOCK, s.stop - token));
+        block.ask_written(ahead, s, team, next, token);
+        ahead.add(in.q, s.row, token, in.key_head(next), 0, in.keys);
+        move_state(state, block, ahead);
         if (in.normalize) normalize(o, block, x, s, team, head, t);
-        store_rows(x.o, x.o.offset(s.row, t, head, team.first), o, values, block.count, team.columns);
+        store_rows(x.o, x.o.offset(s.row, t, head, team.first), o, values, block.count, team.columns, in.large());
       }
     }
   for (int64_t h = 0; h < team.heads; h++)
@@ -190,7 +197,7 @@ void in_steps(const Forward& x, const Team& team, const Sequence& s) {
         {step_state<1, true>, step_state<2, true>, step_state<3, true>, step_state<4, true>}};
     ways[bool(in.bonus)][count - 1](steps, x, team, head, zero);
     if (in.normalize) step_total(steps, x, team, s, head, z);
-    store_rows(x.o, x.o.offset(s.row, t, head, team.first), steps.o, values, count, team.columns);
+    store_rows(x.o, x.o.offset(s.row, t, head, team.first), steps.o, values, count, team.columns, false);
   }
 }
 

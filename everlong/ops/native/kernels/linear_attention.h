@@ -22,6 +22,7 @@ constexpr int VECTORS = BLOCK / LANES;  // of a row of the block's pairs
 constexpr int VISIT = 64;               // tokens of one head before the next head's turn: neighbours in memory
 constexpr int GROUP = 128;              // tokens from one saved state to the next
 constexpr int TEAM = 8;                 // heads that take turns: their states stay in the cache
+constexpr int64_t LARGE = 1 << 22;      // bytes of a result
 
 enum class Decay : int64_t { none, token, channel };
 
@@ -38,6 +39,7 @@ struct Inputs {
 
   int64_t key_head(int64_t head) const { return head / (heads / key_heads); }
   Sequence sequence(int64_t n) const { return sequence_of(cu_seqlens, n, length); }
+  bool large() const { return (cu_seqlens ? 1 : sequences) * length * heads * values * 4 >= LARGE; }
   // Where the state before the group of tokens that begins with token t of sequence n is saved.
   int64_t slot(int64_t n, const Sequence& s, int64_t t) const {
     return (s.row * length + s.start) / GROUP + n + (t - s.start) / GROUP;
@@ -64,6 +66,7 @@ void for_teams(const Inputs& in, Run run) {
       run(Team{row / pieces, head, heads, first, std::min(width, in.values - first)});
       begin += heads;
     }
+    finish_streams();
   });
 }
 
@@ -83,14 +86,25 @@ INLINE void load_rows(float* to, int64_t width, const Tensor& from, int64_t offs
   for (int64_t i = count * width; i < rows * width; i += LANES) store(to + i, zeros());
 }
 
+// The other way; results larger than LARGE go past the cache.
 INLINE void store_rows(const Tensor& to, int64_t offset, const float* from, int64_t width, int64_t count,
-                       int64_t channels, float by = 1) {
+                       int64_t channels, bool large, float by = 1) {
   with_type(to, [&](auto number) {
     using Number = decltype(number);
+    Number* first = static_cast<Number*>(to.data) + offset;
+    constexpr int64_t ALIGNED = LANES * sizeof(Number);
+    bool streams = large && reinterpret_cast<uintptr_t>(first) % ALIGNED == 0 && to.stride[1] % LANES == 0;
     for (int64_t i = 0; i < count; i++) {
-      Number* row = static_cast<Number*>(to.data) + offset + i * to.stride[1];
+      Number* row = first + i * to.stride[1];
       int64_t d = 0;
-      for (; d + LANES <= channels; d += LANES) store(row + d, load(from + i * width + d) * by);
+      for (; d + LANES <= channels; d += LANES) {
+        Vec x = load(from + i * width + d) * by;
+        if constexpr (sizeof(Number) == 4) {
+          streams ? stream(row + d, x) : store(row + d, x);
+        } else {
+          store(row + d, x);
+        }
+      }
       if (d < channels) store_some(row + d, load(from + i * width + d) * by, channels - d);
     }
   });
@@ -123,6 +137,33 @@ INLINE void add_triangle(Tile<ROWS, WIDTH>& tile, Matrix a, const float* b, int6
       for (int i = k; i < ROWS; i++) tile.at[i][j] += of_b * a.data[i * a.row + (diagonal + k) * a.column];
     }
 }
+
+// Asks for rows of tokens that come next, a few at a time between products: heads stand apart in memory, in strides that
+// the processor does not foresee.
+class Ahead {
+  struct Rows {
+    const char* from;
+    int64_t stride, bytes;
+  } tensors[5];
+  int count = 0;
+  int64_t row = 0, rows;
+
+ public:
+  explicit Ahead(int64_t tokens) : rows(tokens) {}
+  void add(const Tensor& x, int64_t n, int64_t t, int64_t head, int64_t first, int64_t channels) {
+    int64_t size = x.type == Type::bfloat16 ? 2 : 4;
+    const char* from = static_cast<const char*>(x.data) + size * x.offset(n, t, head, first);
+    tensors[count++] = {from, size * x.stride[1], size * channels};
+  }
+  INLINE void next_row() {
+    if (row >= rows) return;
+    for (int i = 0; i < count; i++) {
+      const char* from = tensors[i].from + row * tensors[i].stride;
+      for (int64_t at = 0; at < tensors[i].bytes; at += 64) __builtin_prefetch(from + at, 0, 2);
+    }
+    row++;
+  }
+};
 
 // e^x = keep + change with keep 0 or 1: a state under a weak decay for a million tokens keeps its digits if the change
 // alone is rounded.
@@ -196,6 +237,12 @@ struct Block {
       for (int64_t i = 0; i < count; i++) v[i * values + team.columns] = 1;
     if (in.decay == Decay::token) decay_tokens(s, head, t);
     if (in.decay == Decay::channel) decay_channels(s, head, t);
+  }
+
+  void ask_written(Ahead& ahead, const Sequence& s, const Team& team, int64_t head, int64_t t) const {
+    ahead.add(in.k, s.row, t, in.key_head(head), 0, in.keys);
+    ahead.add(in.v, s.row, t, head, team.first, team.columns);
+    if (in.decay == Decay::channel) ahead.add(in.log_decay, s.row, t, head, 0, in.keys);
   }
 
   // q, and what it reads of the state.

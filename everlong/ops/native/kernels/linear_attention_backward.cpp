@@ -51,6 +51,11 @@ struct Gradients {
     d_decay_of_head = scratch.take(1);
   }
 
+  void ask_read(Ahead& ahead, const Sequence& s, int64_t head, int64_t t) const {
+    ahead.add(x.in.q, s.row, t, x.in.key_head(head), 0, x.in.keys);
+    ahead.add(x.d_o, s.row, t, head, 0, x.in.values);
+  }
+
   // The gradient of the output before it was divided, that of the divisor in the column after the last.
   void load_gradient(const Sequence& s, const Team& team, int64_t head, int64_t t) const {
     load_rows(d_o, b.values, x.d_o, x.d_o.offset(s.row, t, head, team.first), b.count, team.columns);
@@ -70,8 +75,9 @@ struct Gradients {
 };
 
 // to = total from + left right: [values, keys], rows of `right` are tokens.
-INLINE void grow(float* to, const float* from, const Block& b, const float* left, const float* right) {
+INLINE void grow(float* to, const float* from, const Block& b, const float* left, const float* right, Ahead ahead) {
   for_tiles(b.values, b.keys, [&]<int ROWS, int WIDTH>(int64_t j, int64_t d) {
+    ahead.next_row();
     Tile<ROWS, WIDTH> tile;
     tile.clear();
     tile.add_product({left + j, 1, b.values}, right + d, b.keys, BLOCK);
@@ -279,7 +285,7 @@ void own_backward(const Gradients& g) {
 }
 
 template <Decay DECAY>
-void block_backward(const Gradients& g, const float* state, float* d_state) {
+void block_backward(const Gradients& g, const float* state, float* d_state, const Ahead& ahead) {
   const Block& b = g.b;
   float reads[BLOCK], writes[BLOCK];
   weights_backward<DECAY>(g);
@@ -292,17 +298,18 @@ void block_backward(const Gradients& g, const float* state, float* d_state) {
   if constexpr (DECAY == Decay::channel)
     for (int64_t d = 0; d < b.keys; d += LANES) channels_backward(g, total_backward(b, state, d_state, d), d);
   if (DECAY == Decay::channel || b.in.bonus) own_backward(g);
-  grow(d_state, d_state, b, g.d_o, b.reading);
+  grow(d_state, d_state, b, g.d_o, b.reading, ahead);
 }
 
 void write_gradients(const Gradients& g, const Sequence& s, int64_t head, int64_t t) {
   const Backward& x = g.x;
   const Block& b = g.b;
-  store_rows(x.d_q, x.d_q.offset(s.row, t, head), g.d_q, b.keys, b.count, x.in.keys, float(x.in.scale));
-  store_rows(x.d_k, x.d_k.offset(s.row, t, head), g.d_k, b.keys, b.count, x.in.keys);
-  store_rows(x.d_v, x.d_v.offset(s.row, t, head), g.d_v, b.values, b.count, x.in.values);
+  bool large = x.in.large();
+  store_rows(x.d_q, x.d_q.offset(s.row, t, head), g.d_q, b.keys, b.count, x.in.keys, large, float(x.in.scale));
+  store_rows(x.d_k, x.d_k.offset(s.row, t, head), g.d_k, b.keys, b.count, x.in.keys, large);
+  store_rows(x.d_v, x.d_v.offset(s.row, t, head), g.d_v, b.values, b.count, x.in.values, large);
   if (x.in.decay == Decay::channel)
-    store_rows(x.d_log_decay, x.d_log_decay.offset(s.row, t, head), g.d_factor, b.keys, b.count, x.in.keys);
+    store_rows(x.d_log_decay, x.d_log_decay.offset(s.row, t, head), g.d_factor, b.keys, b.count, x.in.keys, large);
   if (x.in.decay != Decay::token) return;
   if (!x.decay_of_head)
     return write(x.d_log_decay, x.d_log_decay.offset(s.row, t, head), g.d_factor, b.count, x.d_log_decay.stride[1]);
@@ -310,8 +317,9 @@ void write_gradients(const Gradients& g, const Sequence& s, int64_t head, int64_
 }
 
 // All gradients of a group of tokens; dS goes from its end to its start. `states` has room for one before each block.
+// The group that comes next is asked for from memory.
 void group_backward(const Gradients& g, const Team& team, const Sequence& s, int64_t head, int64_t start, float* states,
-                    float* d_state) {
+                    float* d_state, int64_t next_head, int64_t next_start) {
   const Backward& x = g.x;
   Block& b = g.b;
   int64_t stop = std::min(s.stop, start + GROUP), size = b.keys * b.values, slot = x.in.slot(team.n, s, start);
@@ -319,7 +327,10 @@ void group_backward(const Gradients& g, const Team& team, const Sequence& s, int
   load_across(states, states + size, b, x.starts, x.starts_total, team, slot, head);
   for (int64_t t = start; t + BLOCK < stop; t += BLOCK, states += size) {
     b.load_written(s, team, head, t);
-    grow(states + size, states, b, b.v, b.writing);
+    Ahead ahead(std::min<int64_t>(BLOCK, stop - t - BLOCK));
+    b.ask_written(ahead, s, team, head, t + BLOCK);
+    if (t + 2 * BLOCK >= stop) g.ask_read(ahead, s, head, t + BLOCK);
+    grow(states + size, states, b, b.v, b.writing, ahead);
   }
   std::fill(g.d_bonus, g.d_bonus + b.keys, 0.0f);
   *g.d_decay_of_head = 0;
@@ -328,9 +339,11 @@ void group_backward(const Gradients& g, const Team& team, const Sequence& s, int
     b.load_reading(s, head, t);
     b.weigh();
     g.load_gradient(s, team, head, t);
-    if (x.in.decay == Decay::none) block_backward<Decay::none>(g, states, d_state);
-    if (x.in.decay == Decay::token) block_backward<Decay::token>(g, states, d_state);
-    if (x.in.decay == Decay::channel) block_backward<Decay::channel>(g, states, d_state);
+    Ahead ahead(BLOCK);
+    t > start ? g.ask_read(ahead, s, head, t - BLOCK) : b.ask_written(ahead, s, team, next_head, next_start);
+    if (x.in.decay == Decay::none) block_backward<Decay::none>(g, states, d_state, ahead);
+    if (x.in.decay == Decay::token) block_backward<Decay::token>(g, states, d_state, ahead);
+    if (x.in.decay == Decay::channel) block_backward<Decay::channel>(g, states, d_state, ahead);
     write_gradients(g, s, head, t);
   }
   if (x.in.bonus) write(x.d_bonus, x.d_bonus.offset(slot, head), g.d_bonus, x.in.keys, 1);
@@ -349,8 +362,11 @@ void heads_backward(const Backward& x, const Team& team, const Sequence& s) {
   for (int64_t h = 0; h < team.heads; h++)
     load_across(d_states + h * size, states, block, x.d_last, x.d_last_total, team, team.n, team.head + h);
   for (int64_t start = last_group(s); start >= s.start && s.stop > s.start; start -= GROUP)
-    for (int64_t h = 0; h < team.heads; h++)
-      group_backward(gradients, team, s, team.head + h, start, states, d_states + h * size);
+    for (int64_t h = 0; h < team.heads; h++) {
+      bool last = h + 1 == team.heads;
+      int64_t next = last ? team.head : team.head + h + 1, next_start = last ? std::max(s.start, start - GROUP) : start;
+      group_backward(gradients, team, s, team.head + h, start, states, d_states + h * size, next, next_start);
+    }
   for (int64_t h = 0; h < team.heads; h++)
     store_across(x.d_state, x.d_total, d_states + h * size, states, block, team, team.n, team.head + h);
 }
@@ -376,7 +392,7 @@ void ends_backward(const Backward& x, const Team& team, const Sequence& s) {
       block.load_written(s, team, head, t);
       block.load_reading(s, head, t);
       gradients.load_gradient(s, team, head, t);
-      grow(d_state, d_state, block, gradients.d_o, block.reading);
+      grow(d_state, d_state, block, gradients.d_o, block.reading, Ahead(0));
     }
     store_across(x.d_state, x.d_total, d_state, room, block, team, team.n, head);
   }
@@ -400,8 +416,9 @@ void groups_backward(const Backward& x) {
       std::fill(d_state, d_state + size, 0.0f);
       for (int64_t j = 0; j < in.values + in.normalize; j++)
         read(d_state + j * keys, x.ends, x.ends.offset(in.slot(n, s, start), head, j), in.keys, 1);
-      group_backward(gradients, Team{n, head, 1, 0, in.values}, s, head, start, states, d_state);
+      group_backward(gradients, Team{n, head, 1, 0, in.values}, s, head, start, states, d_state, head, std::min(start + GROUP, s.stop - 1));
     }
+    finish_streams();
   });
 }
 
