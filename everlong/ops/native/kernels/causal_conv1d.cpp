@@ -2,8 +2,8 @@
 //
 //     dw_i = sum_t g_t x_{t-W+1+i}        db = sum_t g_t        dx_s = sum_i w_i g_{s+W-1-i}
 //
-// Inputs are counted from the oldest in the state: output t sees the inputs t .. t+W-1, and input p was seen by the outputs
-// p-W+1 .. p. So both passes go once through time, with the last W rows of inputs (and of g) in the cache.
+// Inputs are counted from the oldest in the state: output t sees the inputs t .. t+W-1, and input p was seen by the
+// outputs p-W+1 .. p. So both passes go once through time, with the last W rows of inputs (and of g) in the cache.
 #include "arguments.h"
 #include "channels.h"
 
@@ -59,7 +59,8 @@ INLINE Vec weighted(const Window& window, const float* const* inputs, Vec x, int
   const int64_t taps = TAPS ? TAPS : window.taps;
   Vec sum = load(window.bias + i) + x * load(window.weights + (taps - 1) * window.width + i);
 #pragma GCC unroll 8
-  for (int64_t tap = 0; tap < taps - 1; tap++) sum += load(inputs[tap] + i) * load(window.weights + tap * window.width + i);
+  for (int64_t tap = 0; tap < taps - 1; tap++)
+    sum += load(inputs[tap] + i) * load(window.weights + tap * window.width + i);
   return sum;
 }
 
@@ -92,7 +93,8 @@ void backward(const Backward& x, int64_t n, int64_t channel, int64_t count) {
   const int64_t length = s.stop - s.start, taps = TAPS ? TAPS : x.taps, width = round_up(count, LANES);
   Scratch scratch(4 * (Window::size(taps, count) + (2 * taps + 1) * width) + 16 * taps + 6 * 64);
   Window window(x, scratch, n, channel, count);
-  float *d_sums = scratch.take(taps * width), *d_weights = scratch.take((taps + 1) * width), *d_bias = d_weights + taps * width;
+  float *d_sums = scratch.take(taps * width), *d_weights = scratch.take((taps + 1) * width),
+        *d_bias = d_weights + taps * width;
   float **inputs = scratch.take<float*>(taps), **gradients = scratch.take<float*>(taps);
   std::fill_n(d_weights, (taps + 1) * width, 0.0f);
   // What input p receives: from the outputs p - tap for the taps of a range, and from the last state.
@@ -102,7 +104,8 @@ void backward(const Backward& x, int64_t n, int64_t channel, int64_t count) {
     auto total = [&](int64_t i, int64_t some) {
       Vec sum = beyond ? load_some(beyond + i, some) : zeros();
 #pragma GCC unroll 8
-      for (int64_t tap = first; tap < stop; tap++) sum += load(gradients[tap] + i) * load(window.weights + tap * width + i);
+      for (int64_t tap = first; tap < stop; tap++)
+        sum += load(gradients[tap] + i) * load(window.weights + tap * width + i);
       return sum;
     };
     if (p < taps - 1) {
@@ -116,7 +119,8 @@ void backward(const Backward& x, int64_t n, int64_t channel, int64_t count) {
   for (int64_t t = 0; t < length; t++) {
     for (int64_t tap = 0; tap < taps; tap++) inputs[tap] = window.row(t + tap);
     float *newest = inputs[taps - 1], *d_sum = d_sums + t % taps * width;
-    const Number *from = x.x.at<Number>(s.row, s.start + t, channel), *d_y = x.d_y.at<Number>(s.row, s.start + t, channel);
+    const Number *from = x.x.at<Number>(s.row, s.start + t, channel),
+                 *d_y = x.d_y.at<Number>(s.row, s.start + t, channel);
     for_vectors(count, [&](int64_t i, int64_t some) {
       Vec in = load_some(from + i, some), g = load_some(d_y + i, some);
       store(newest + i, in);

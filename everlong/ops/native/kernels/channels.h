@@ -39,6 +39,6 @@ struct Row {
   bool past;
   Row(Number* data, bool large) : data(data), past(large && reinterpret_cast<uintptr_t>(data) % sizeof(Vec) == 0) {}
   INLINE void put(int64_t i, Vec x, int64_t some) const {
-    past && some == LANES ? stream(data + i, x) : store_some(data + i, x, some);
+    past&& some == LANES ? stream(data + i, x) : store_some(data + i, x, some);
   }
 };

@@ -1,7 +1,7 @@
 // h_t = a_t h_{t-1} + b_t for each channel, real or complex, and its gradients.
 //
-// A unit of work is a range of channels of one sequence, which runs along time: it is read and written once, in long rows.
-// Backwards d_t = g_t + conj(a_{t+1}) d_{t+1}, with g the gradient of h_t: db_t = d_t, da_t = d_t conj(h_{t-1}).
+// A unit of work is a range of channels of one sequence, which runs along time: it is read and written once, in long
+// rows. Backwards d_t = g_t + conj(a_{t+1}) d_{t+1}, with g the gradient of h_t: db_t = d_t, da_t = d_t conj(h_{t-1}).
 #include "arguments.h"
 #include "channels.h"
 
@@ -69,9 +69,8 @@ void scan(const Forward& x, int64_t n, int64_t first, int64_t count) {
   Sequence s = sequence_of(x.cu_seqlens, n, x.length);
   Scratch scratch(WIDEST * 4);
   float* states = scratch.take(WIDEST);
-  for_vectors(count, [&](int64_t i, int64_t some) {
-    store(states + i, load_some(x.state.at<float>(n, first + i), some));
-  });
+  for_vectors(count,
+              [&](int64_t i, int64_t some) { store(states + i, load_some(x.state.at<float>(n, first + i), some)); });
   for (int64_t t = s.start; t < s.stop; t++) {
     const Number *a = x.a.at<Number>(s.row, t, first), *b = x.b.at<Number>(s.row, t, first);
     Row<Number> to(x.h.at<Number>(s.row, t, first), x.is_large());
@@ -82,9 +81,8 @@ void scan(const Forward& x, int64_t n, int64_t first, int64_t count) {
     });
   }
   end_streams();
-  for_vectors(count, [&](int64_t i, int64_t some) {
-    store_some(x.last.at<float>(n, first + i), load(states + i), some);
-  });
+  for_vectors(count,
+              [&](int64_t i, int64_t some) { store_some(x.last.at<float>(n, first + i), load(states + i), some); });
 }
 
 template <class Value, class Number>
@@ -92,12 +90,12 @@ void scan_backward(const Backward& x, int64_t n, int64_t first, int64_t count) {
   Sequence s = sequence_of(x.cu_seqlens, n, x.length);
   Scratch scratch(WIDEST * 4);
   float* carried = scratch.take(WIDEST);  // conj(a_{t+1}) d_{t+1}
-  for_vectors(count, [&](int64_t i, int64_t some) {
-    store(carried + i, load_some(x.d_last.at<float>(n, first + i), some));
-  });
+  for_vectors(count,
+              [&](int64_t i, int64_t some) { store(carried + i, load_some(x.d_last.at<float>(n, first + i), some)); });
   auto step = [&](int64_t t, const auto* before) {
     const Number *a = x.a.at<Number>(s.row, t, first), *d_h = x.d_h.at<Number>(s.row, t, first);
-    Row<Number> d_a(x.d_a.at<Number>(s.row, t, first), x.is_large()), d_b(x.d_b.at<Number>(s.row, t, first), x.is_large());
+    Row<Number> d_a(x.d_a.at<Number>(s.row, t, first), x.is_large()),
+        d_b(x.d_b.at<Number>(s.row, t, first), x.is_large());
     for_vectors_backwards(count, [&](int64_t i, int64_t some) {
       Value d = Value::load(carried + i, LANES) + Value::load(d_h + i, some);
       d_a.put(i, (d * Value::load(before + i, some).conjugate()).numbers, some);
@@ -108,9 +106,8 @@ void scan_backward(const Backward& x, int64_t n, int64_t first, int64_t count) {
   for (int64_t t = s.stop - 1; t > s.start; t--) step(t, x.h.at<Number>(s.row, t - 1, first));
   if (s.start < s.stop) step(s.start, x.state.at<float>(n, first));
   end_streams();
-  for_vectors(count, [&](int64_t i, int64_t some) {
-    store_some(x.d_state.at<float>(n, first + i), load(carried + i), some);
-  });
+  for_vectors(count,
+              [&](int64_t i, int64_t some) { store_some(x.d_state.at<float>(n, first + i), load(carried + i), some); });
 }
 
 }  // namespace
