@@ -108,18 +108,33 @@ class Head {
       for (int64_t i = 0; i < rows; i++) m.reach[i] = float(x.scale);
       return 1.0f;
     }
-    for (int64_t i = 0; i < rows; i += LANES) {
-      Vec row = zeros();
-      Ints receiver = lane_numbers() + int32_t(i);
-      for (int64_t j = i + LANES - 1; j >= 0; j--) {
-        row = select(receiver == int32_t(j), broadcast(1.0f), row * m.gates[j + 1]);
-        row = select(receiver < int32_t(j), zeros(), row);
-        ::store(m.between + j * CHUNK + i, row);
+    // As in the forward pass: products inside blocks of LANES tokens, then those of whole blocks.
+    Vec since_first[CHUNK / LANES] = {};  // of each receiver of a block
+    for (int64_t j = LANES - 1; j >= 0; j--)
+#pragma GCC unroll 4
+      for (int64_t block = 0; block < rows; block += LANES) {
+        Vec& row = since_first[block / LANES];
+        row = select(lane_numbers() == int32_t(j), broadcast(1.0f), row * m.gates[block + j + 1]);
+        ::store(m.between + (block + j) * CHUNK + block, row);
       }
-      ::store(m.reach + i, row * m.gates[0] * float(x.scale));
+    float total = 1.0f;
+    for (int64_t block = 0; block < rows; block += LANES) {
+      Vec& receiver = since_first[block / LANES];
+      receiver *= m.gates[block];
+      ::store(m.reach + block, receiver * (total * float(x.scale)));
+      total *= receiver[LANES - 1];
     }
-    for (int64_t j = 0; j < rows; j++) m.store[j] = m.between[j * CHUNK + rows - 1];
-    return m.gates[0] * m.store[0];
+    for (int64_t block = 0; block < rows; block += LANES) {
+      const float* to_end = m.between + block * CHUNK + block + LANES - 1;
+      float passed = 1.0f;
+      for (int64_t later = block + LANES; later < rows; later += LANES) {
+        Vec receiver = since_first[later / LANES] * passed;
+        for (int64_t j = 0; j < LANES; j++) ::store(m.between + (block + j) * CHUNK + later, receiver * to_end[j * CHUNK]);
+        passed *= since_first[later / LANES][LANES - 1];
+      }
+      for (int64_t j = 0; j < LANES; j++) m.store[block + j] = to_end[j * CHUNK] * passed;
+    }
+    return total;
   }
 
   // dS as operand, twice; dS^T = total dS^T. Returns total S.dS.
