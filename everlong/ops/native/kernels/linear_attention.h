@@ -66,7 +66,7 @@ void for_teams(const Inputs& in, Run run) {
       run(Team{row / pieces, head, heads, first, std::min(width, in.values - first)});
       begin += heads;
     }
-    finish_streams();
+    end_streams();
   });
 }
 

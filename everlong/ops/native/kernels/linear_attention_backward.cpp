@@ -418,7 +418,7 @@ void groups_backward(const Backward& x) {
         read(d_state + j * keys, x.ends, x.ends.offset(in.slot(n, s, start), head, j), in.keys, 1);
       group_backward(gradients, Team{n, head, 1, 0, in.values}, s, head, start, states, d_state, head, std::min(start + GROUP, s.stop - 1));
     }
-    finish_streams();
+    end_streams();
   });
 }
 

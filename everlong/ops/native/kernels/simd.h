@@ -41,25 +41,6 @@ INLINE Vec load(const float* from) {
 }
 INLINE void store(float* to, Vec x) { std::memcpy(to, &x, sizeof x); }
 
-// Past the cache to an aligned address: for results so large that they would be gone from it before anybody reads them.
-// Whoever streams calls `finish_streams` before another thread may look.
-INLINE void stream(float* to, Vec x) {
-#if defined(__clang__)
-  __builtin_nontemporal_store(x, reinterpret_cast<Vec*>(to));
-#elif defined(__AVX512F__)
-  __builtin_ia32_movntps512(to, x);
-#elif defined(__AVX__)
-  __builtin_ia32_movntps256(to, x);
-#else
-  store(to, x);
-#endif
-}
-INLINE void finish_streams() {
-#if defined(__SSE__)
-  __builtin_ia32_sfence();
-#endif
-}
-
 INLINE Vec load(const bfloat16* from) {
   Halves x;
   std::memcpy(&x, from, sizeof x);
