@@ -7,6 +7,7 @@ from torch import Tensor
 
 from everlong.ops.chunks import Size
 from everlong.ops.native.call import call
+from everlong.ops.native.linear_attention_bf16 import linear_attention_bf16, serves
 from everlong.ops.native.register import differentiate, register
 from everlong.ops.recurrence import linear_attention_torch
 from everlong.ops.spans import check_bounds
@@ -31,7 +32,8 @@ def linear_attention_native(
 ) -> tuple[Tensor, State]:
     """Linear attention in blocks of 16 tokens in the cache, or token by token where there are few.
 
-    Not causal it is two matrix products, which are torch's. The gradient cannot be differentiated once more.
+    In bfloat16 products of such numbers serve where they can. Not causal it is two matrix products, which are torch's.
+    The gradient cannot be differentiated once more.
     """
     if not causal:
         return linear_attention_torch(
@@ -48,6 +50,10 @@ def linear_attention_native(
             form=form,
         )
     state, total = initial_state if isinstance(initial_state, tuple) else (initial_state, None)
+    if bonus is None and not normalize and serves(q, k, v, log_decay, cu_seqlens):
+        return linear_attention_bf16(
+            q, k, v, log_decay=log_decay, scale=scale, initial_state=state, cu_seqlens=cu_seqlens
+        )
     inputs = (q, k, v, log_decay, bonus, state, total)
     differentiable = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
     run = _forward if differentiable else _inference
