@@ -28,17 +28,27 @@ struct Rows {
   }
 };
 
-// LANES tokens of a head of the cache as rows of float32, in place or copied to `room`; beyond the last they are 0.
+// LANES tokens of a head of the cache, in place or copied to `room`, where channels and tokens beyond the last are 0.
+template <class Number>
 struct CacheRows {
-  const float* data;
+  const Number* data;
   int64_t row;
 };
-CacheRows cache_rows(const Tensor& from, int64_t n, Span tokens, int64_t group, int64_t channels, int64_t width,
-                     float* room) {
-  bool whole = tokens.size() == LANES && channels == width && from.stride[3] == 1;
-  if (whole && from.type == Type::float32) return {from.at<const float>(n, tokens.begin, group), from.stride[1]};
-  read_rows(room, width, LANES, from, n, tokens, group, channels);
-  return {room, width};
+template <class Number>
+CacheRows<Number> cache_rows(const Tensor& from, int64_t n, Span tokens, int64_t group, int64_t channels, int64_t width,
+                             float* room) {
+  const Number* data = from.at<const Number>(n, tokens.begin, group);
+  if (tokens.size() == LANES && channels == width && from.stride[3] == 1) {
+    // The tokens of the next visit: heads in turn are no order that the processor would foresee.
+    for (int64_t j = LANES; j < 2 * LANES; j++)
+      for (int64_t c = 0; c < width; c += 64 / int64_t(sizeof(Number))) __builtin_prefetch(data + j * from.stride[1] + c, 0, 2);
+    return {data, from.stride[1]};
+  }
+  Number* copied = reinterpret_cast<Number*>(room);
+  std::fill(copied, copied + LANES * width, Number{});
+  for (int64_t j = 0; j < tokens.size(); j++)
+    for (int64_t c = 0; c < channels; c++) copied[j * width + c] = data[j * from.stride[1] + c * from.stride[3]];
+  return {copied, width};
 }
 
 // The sums of each vector's lanes, that of the j-th in lane j.
@@ -77,7 +87,9 @@ struct Room {
 };
 
 // x of these rows with LANES keys of a head, -infinity where a key is not seen.
-void score(const Rows& rows, const Meeting& m, int64_t group, Span keys, CacheRows cache, const Room& room, int64_t place) {
+template <class Number>
+void score(const Rows& rows, const Meeting& m, int64_t group, Span keys, CacheRows<Number> cache, const Room& room,
+           int64_t place) {
   const Attention& x = rows.x;
   for (int64_t row = group * rows.of_group(); row < (group + 1) * rows.of_group(); row++) {
     Vec products[LANES];
@@ -107,19 +119,28 @@ void weigh(float* scores, int64_t count, float* top, float* total) {
 }
 
 // u += the weighted values of LANES keys; a weight of 0 takes nothing, not even of an infinite number.
-void mix(float* u, int64_t width, const float* weights, CacheRows cache) {
-  for (int64_t c = 0; c < width; c += LANES) {
-    Vec total = load(u + c);
+template <int VECTORS, class Number>
+INLINE void mix_channels(float* u, const float* weights, CacheRows<Number> cache) {
+  Vec total[VECTORS];
 #pragma GCC unroll 16
-    for (int j = 0; j < LANES; j++) {
-      Vec weight = broadcast(weights[j]);
-      total = select(weight != 0.0f, total + weight * load(cache.data + j * cache.row + c), total);
-    }
-    store(u + c, total);
+  for (int c = 0; c < VECTORS; c++) total[c] = load(u + c * LANES);
+  for (int j = 0; j < LANES; j++) {
+    if (weights[j] == 0.0f) continue;
+#pragma GCC unroll 16
+    for (int c = 0; c < VECTORS; c++) total[c] += weights[j] * load(cache.data + j * cache.row + c * LANES);
   }
+#pragma GCC unroll 16
+  for (int c = 0; c < VECTORS; c++) store(u + c * LANES, total[c]);
+}
+template <class Number>
+void mix(float* u, int64_t width, const float* weights, CacheRows<Number> cache) {
+  int64_t c = 0;
+  for (; c + 4 * LANES <= width; c += 4 * LANES) mix_channels<4, Number>(u + c, weights, {cache.data + c, cache.row});
+  for (; c < width; c += LANES) mix_channels<1, Number>(u + c, weights, {cache.data + c, cache.row});
 }
 
 // What the keys of one part give to all rows of a sequence.
+template <class Number>
 void attend(const Rows& rows, int64_t n, int64_t part, float* left, Scratch scratch) {
   const Attention& x = rows.x;
   Meeting m = x.meeting(n);
@@ -132,8 +153,8 @@ void attend(const Rows& rows, int64_t n, int64_t part, float* left, Scratch scra
   for (int64_t j = begin; j < reach.end; j += LANES)
     for (int64_t group = 0; group < x.groups; group++) {
       Span keys = {j, std::min(j + LANES, m.keys)};
-      CacheRows cache = cache_rows(x.k, n, keys, group, x.key_channels, rows.key_width, room.tokens);
-      score(rows, m, group, keys, cache, room, j - begin);
+      CacheRows cache = cache_rows<Number>(x.k, n, keys, group, x.key_channels, rows.key_width, room.tokens);
+      score<Number>(rows, m, group, keys, cache, room, j - begin);
     }
   for (int64_t row = 0; row < rows.count; row++) {
     float* u = rows.left(left, n, part, row);
@@ -143,9 +164,9 @@ void attend(const Rows& rows, int64_t n, int64_t part, float* left, Scratch scra
   for (int64_t j = begin; j < reach.end; j += LANES)
     for (int64_t group = 0; group < x.groups; group++) {
       Span keys = {j, std::min(j + LANES, m.keys)};
-      CacheRows cache = cache_rows(x.v, n, keys, group, x.value_channels, rows.value_width, room.tokens);
+      CacheRows cache = cache_rows<Number>(x.v, n, keys, group, x.value_channels, rows.value_width, room.tokens);
       for (int64_t row = group * rows.of_group(); row < (group + 1) * rows.of_group(); row++)
-        mix(rows.left(left, n, part, row), rows.value_width, room.scores + row * PART + j - begin, cache);
+        mix<Number>(rows.left(left, n, part, row), rows.value_width, room.scores + row * PART + j - begin, cache);
     }
 }
 
@@ -176,7 +197,10 @@ void decode(const Forward& f) {
   std::unique_ptr<float[]> left(new float[x.sequences * rows.parts * rows.count * rows.left()]);
   parallel_ranges(x.sequences * rows.parts, [&](int64_t begin, int64_t end) {
     Scratch scratch(Room::bytes(rows));
-    for (int64_t i = begin; i < end; i++) attend(rows, i / rows.parts, i % rows.parts, left.get(), scratch);
+    with_type(x.k, [&](auto number) {
+      for (int64_t i = begin; i < end; i++)
+        attend<decltype(number)>(rows, i / rows.parts, i % rows.parts, left.get(), scratch);
+    });
   });
   parallel_ranges(x.sequences * rows.count, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; i++) merge(f, rows, i / rows.count, i % rows.count, left.get());
