@@ -22,6 +22,7 @@ from everlong.cli import console
 from everlong.config import config
 from everlong.ops import dispatch
 from everlong.ops.dispatch import multiplies_bfloat16
+from everlong.ops.native import build as native
 from everlong.train.memory import keep_freed_memory
 
 FLAGS = {
@@ -42,15 +43,21 @@ class Arguments:
     Example: everlong doctor
     """
 
+    build: bool = False
+    """build the kernels for this processor now, instead of when they are first needed"""
+
 
 def run(arguments: Arguments) -> dict[str, object]:
     """Examines the machine; problems come last, each with its remedy."""
+    if arguments.build:
+        native.obstacle(try_it=True)
     found: dict[str, Any] = {
         "processor": processor(),
         "memory": memory(),
         "torch": libraries(),
         "bf16": bfloat16_gain(),
         "compiler": compiler(),
+        "kernels": kernels(),
         "backends": {name: backend(name) for name in dispatch.TABLE},
         "extras": extras(),
         "keeps_freed_memory": keep_freed_memory(),
@@ -138,6 +145,16 @@ def compiler() -> dict[str, Any]:
     return {"name": name, "path": path, "version": version, "python_headers": headers}
 
 
+def kernels() -> dict[str, Any]:
+    """The kernels of everlong: whether they are built, where, and why they cannot be."""
+    missing = native.obstacle(try_it=native.built())
+    return {
+        "built": native.built(),
+        "path": None if missing else str(native.library_path()),
+        "missing": None if missing is None else {"reason": missing.reason, "remedy": missing.remedy},
+    }
+
+
 def backend(operator: str) -> dict[str, str]:
     """Which implementation "auto" takes for an operator here, and why."""
     choice = dispatch.explain(operator)
@@ -161,6 +178,7 @@ def _normal(package: str) -> str:
 
 def problems(found: dict[str, Any]) -> list[dict[str, str]]:
     """What is wrong here, and what helps."""
+    own = found["kernels"]["missing"]
     cpu, build, threads = found["processor"], found["compiler"], found["processor"]["torch_threads"]
     checks = [
         (
@@ -187,6 +205,11 @@ def problems(found: dict[str, Any]) -> list[dict[str, str]]:
             found["memory"]["available"] < LEAST_MEMORY,
             f"only {console.size(found['memory']['available'])} of memory are free",
             "close other programs, or train with smaller --batch-tokens",
+        ),
+        (
+            own is not None,
+            f"everlong works without its kernels, several times slower: {own and own['reason']}",
+            own and own["remedy"],
         ),
         (
             build["path"] is None,
@@ -227,6 +250,7 @@ def _show(found: dict[str, Any]) -> None:
             "matrix products": f"float32 {gain['float32_gflops']:,.0f} GFLOP/s, bf16 {gain['bf16_gflops']:,.0f}: "
             f"{gain['ratio']:.1f} times as fast",
             "compiler": build["version"] or "none",
+            "kernels": _kernels_row(found["kernels"]),
             "freed memory": "kept for the next step" if found["keeps_freed_memory"] else "goes back to the system",
         }
     )
@@ -242,6 +266,12 @@ def _show(found: dict[str, Any]) -> None:
         print(f"Problem: {item['problem']}. Remedy: {item['remedy']}.")
     if not found["problems"]:
         print("No problems found.")
+
+
+def _kernels_row(found: dict[str, Any]) -> str:
+    if found["missing"]:
+        return "missing"
+    return f"built, {found['path']}" if found["built"] else "will be built when first needed; --build does it now"
 
 
 def _extras_rows(found: dict[str, dict[str, bool]]) -> Iterator[tuple[str, str]]:

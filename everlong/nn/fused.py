@@ -1,32 +1,75 @@
 """Elementwise functions of a training step that autograd would take many passes over memory for, each in a few.
 
 On a CPU a step of a small model spends as long between its products as in them, and that time goes by how often a
-tensor is read and written. So each function here has a backward pass of its own, which works in place. `torch.compile`
-joins passes by itself: under it each function is its plain expression. They cannot be differentiated twice.
+tensor is read and written. So each function here has a kernel, and where that does not serve, a backward pass of its
+own, which works in place. `torch.compile` joins passes by itself: under it each function is its plain expression. They
+cannot be differentiated twice.
 """
 
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from everlong.ops.dispatch import kernels_serve
+
 
 def rms_norm(
-    x: Float[Tensor, "*B D"], weight: Float[Tensor, " D"] | None, eps: float, dtype: torch.dtype | None = None
+    x: Float[Tensor, "*B D"],
+    weight: Float[Tensor, " D"] | Float[Tensor, "H D"] | None,
+    eps: float,
+    dtype: torch.dtype | None = None,
 ) -> Float[Tensor, "*B D"]:
     """x / sqrt(mean(x^2) + eps) * weight (Zhang and Sennrich 2019, arXiv 1910.07467), computed in float32 at least.
 
-    `dtype` is that of the result; None: that of `x`.
+    A `weight` of heads is for x `[..., H, D]`. `dtype` is that of the result; None: that of `x`.
     """
     dtype = x.dtype if dtype is None else dtype
+    if kernels_serve(x) and dtype in (torch.float32, torch.bfloat16):
+        from everlong.ops.native.layers import rms_norm_native
+
+        return rms_norm_native(x, weight, eps, dtype)
+    if weight is not None and weight.dim() > 1:
+        return rms_norm(x, None, eps, dtype) * weight.to(dtype)
     if torch.compiler.is_compiling():
         y = F.rms_norm(x, x.shape[-1:], eps=eps)
         return (y if weight is None else y * weight).to(dtype)
     result: Tensor = _RMSNorm.apply(x, weight, eps, dtype)  # type: ignore[no-untyped-call]
     return result
+
+
+def swiglu(gate: Float[Tensor, "*B D"], x: Float[Tensor, "*B D"]) -> Float[Tensor, "*B D"]:
+    """silu(gate) * x: a gate that opens smoothly (Shazeer 2020, arXiv 2002.05202)."""
+    if gate.dtype == x.dtype and kernels_serve(gate, x):
+        from everlong.ops.native.layers import swiglu_native
+
+        return swiglu_native(gate, x)
+    return F.silu(gate) * x
+
+
+def cross_entropy_(
+    logits: Float[Tensor, "R C"], targets: Int[Tensor, " R"], bias: Float[Tensor, " C"] | None = None
+) -> Float[Tensor, " R"]:
+    """The cross entropy of each row of `logits + bias` in nats; the logits become its gradient, softmax - onehot.
+
+    A target below 0 is ignored: its loss and gradient are 0.
+    """
+    if kernels_serve(logits):
+        from everlong.ops.native.layers import cross_entropy_native
+
+        return cross_entropy_native(logits, bias, targets)
+    exact = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    if bias is not None:
+        exact = exact + bias
+    ignored, label = (targets < 0)[:, None], targets.clamp_min(0)[:, None]
+    slope = exact.log_softmax(1)
+    loss = -slope.gather(1, label).masked_fill(ignored, 0.0)[:, 0]
+    slope.exp_().scatter_add_(1, label, torch.full_like(label, -1.0, dtype=slope.dtype))
+    logits.copy_(slope.masked_fill_(ignored, 0.0))
+    return loss
 
 
 def turn(
@@ -36,6 +79,10 @@ def turn(
     if torch.compiler.is_compiling():
         left, right = x.chunk(2, dim=-1)
         return torch.cat([left * cos - right * sin, right * cos + left * sin], dim=-1)
+    if kernels_serve(x, cos):
+        from everlong.ops.native.layers import turn_native
+
+        return turn_native(x, cos, sin)
     result: Tensor = _Turn.apply(x, cos, sin)  # type: ignore[no-untyped-call]
     return result
 

@@ -8,8 +8,9 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from everlong.nn.fused import rms_norm
+from everlong.nn.fused import cross_entropy_, rms_norm, swiglu
 from everlong.ops import causal_conv1d
+from everlong.ops.dispatch import kernels_serve
 
 
 class InputNorm(nn.RMSNorm):
@@ -28,9 +29,8 @@ class HeadNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(num_heads, size)) if affine else None
 
     def forward(self, x: Float[Tensor, "B T H V"]) -> Float[Tensor, "B T H V"]:
-        if self.weight is None or len(self.weight) == 1:
-            return rms_norm(x, None if self.weight is None else self.weight[0], self.eps)
-        return rms_norm(x, None, self.eps) * self.weight.to(x.dtype)
+        weight = self.weight if self.weight is None or len(self.weight) > 1 else self.weight[0]
+        return rms_norm(x, weight, self.eps)
 
     def reference(self, x: Float[Tensor, "H V"]) -> Float[Tensor, "H V"]:
         """The equation, of one token."""
@@ -48,7 +48,7 @@ class SwiGLU(nn.Module):
         self.down = nn.Linear(hidden, width, bias=bias)
 
     def forward(self, x: Float[Tensor, "B T D"]) -> Float[Tensor, "B T D"]:
-        y: Tensor = self.down(F.silu(self.gate(x)) * self.up(x))
+        y: Tensor = self.down(swiglu(self.gate(x), self.up(x)))
         return y
 
 
@@ -110,6 +110,9 @@ class LowRank(nn.Sequential):
 
 def unit_heads(x: Float[Tensor, "B T H K"]) -> Float[Tensor, "B T H K"]:
     """Heads of length one; a head of zeros stays zero."""
+    if kernels_serve(x):
+        size = x.shape[-1]
+        return rms_norm(x, torch.full((size,), size**-0.5), 1e-6 / size)
     return x * torch.rsqrt(exact(x).square().sum(-1, keepdim=True) + 1e-6).to(x.dtype)
 
 
@@ -178,19 +181,12 @@ class _LinearCrossEntropy(torch.autograd.Function):
             step = _rows(weight)
             for start in range(0, len(rows), step):
                 piece, wanted = rows[start : start + step], targets[start : start + step]
-                logits = F.linear(piece, w).to(exact)
-                if bias is not None:
-                    logits += bias
-                real, label = (wanted >= 0)[:, None], wanted.clamp_min(0)[:, None]
-                slope = logits.log_softmax(1)
-                total -= (slope.gather(1, label) * real).sum()
-                slope.exp_().scatter_add_(1, label, torch.full_like(label, -1.0, dtype=exact))
-                # An ignored row is taken out of the products' narrow side.
+                slope = F.linear(piece, w)
+                total += cross_entropy_(slope, wanted, bias).sum()
                 if grad_bias is not None:
-                    grad_bias += real[:, 0].to(exact) @ slope
-                slope = slope.to(kind)
-                grad_x[start : start + step] = (slope @ w).mul_(real)
-                grad_weight += slope.T @ (piece * real)
+                    grad_bias += slope.sum(0, dtype=exact)
+                grad_x[start : start + step] = slope @ w
+                grad_weight += slope.T @ piece
         ctx.save_for_backward(grad_x.to(x.dtype), grad_weight.to(weight.dtype), grad_bias)
         return total
 

@@ -40,6 +40,7 @@ from everlong.ops.scoring import (
     nothing,
     uncompiled,
 )
+from everlong.ops.tree import Tree
 
 Compute = Callable[[Tensor, Tensor, Tensor, Scoring], Result]
 
@@ -57,6 +58,7 @@ def softmax_attention(
     mask: Bool[Tensor, "..."] | None = ...,
     key_lengths: Int[Tensor, " B"] | None = ...,
     cu_seqlens: Int[Tensor, " N_plus_1"] | None = ...,
+    parents: Int[Tensor, " T"] | None = ...,
     return_lse: Literal[False] = ...,
     form: str = ...,
     backend: str = ...,
@@ -76,6 +78,7 @@ def softmax_attention(
     mask: Bool[Tensor, "..."] | None = ...,
     key_lengths: Int[Tensor, " B"] | None = ...,
     cu_seqlens: Int[Tensor, " N_plus_1"] | None = ...,
+    parents: Int[Tensor, " T"] | None = ...,
     return_lse: Literal[True],
     form: str = ...,
     backend: str = ...,
@@ -94,6 +97,7 @@ def softmax_attention(
     mask: Bool[Tensor, "..."] | None = None,
     key_lengths: Int[Tensor, " B"] | None = None,
     cu_seqlens: Int[Tensor, " N_plus_1"] | None = None,
+    parents: Int[Tensor, " T"] | None = None,
     return_lse: bool = False,
     form: str = "auto",
     backend: str = "auto",
@@ -115,17 +119,39 @@ def softmax_attention(
             first query sits at key 0, so that a batch padded on the right (T = S) means what it looks like.
         cu_seqlens: [N + 1], 0 first and T last: N sequences in the one row, each of which attends to itself only, and
             whose positions start again; `mask` and a `bias` tensor are those of the whole row.
+        parents: the queries are the nodes of a tree, whose keys are the last T (of the real ones): each sees the keys
+            before these, its ancestors and itself, the parent of each being one before it, or -1. Positions, and with
+            them `window` and a `bias` function, count along the paths: the position of a node is S - T plus the number
+            of its ancestors. All rows share the tree; which keys to keep says `ops.commit(ops.KeyRecords(...), path)`.
         return_lse: also return the log-sum-exp of each row's scores, [B, T, H], float32 (float64 for float64 inputs).
         form: "parallel", "chunk", "recurrent" or "auto"; they agree.
 
     Raises:
-        ValueError: shapes or dtypes do not fit, or an unknown form or backend.
+        ValueError: shapes or dtypes do not fit, `parents` are no tree, or an unknown form or backend.
     """
     dispatch.check_form(form)
     _check_shapes(q, k, v)
     _check_options(q, k, window, bias, mask)
     if key_lengths is not None or cu_seqlens is not None:
         uncompiled(_check_lengths)(q, k, key_lengths, cu_seqlens)
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    if parents is not None:
+        tree = uncompiled(_check_tree)(q, k, parents, causal, key_lengths, cu_seqlens)
+        over_tree = uncompiled(dispatch.choose("softmax_attention_tree", backend, q))
+        o, lse = over_tree(
+            q,
+            k,
+            v,
+            tree=tree,
+            window=window,
+            scale=scale,
+            bias=bias,
+            mask=mask,
+            key_lengths=key_lengths,
+            return_lse=return_lse,
+            form=form,
+        )
+        return (o, lse) if return_lse else o
     compute = dispatch.choose("softmax_attention", backend, q, form=form)
     o, lse = compute(
         q,
@@ -133,7 +159,7 @@ def softmax_attention(
         v,
         causal=causal,
         window=window,
-        scale=q.shape[-1] ** -0.5 if scale is None else scale,
+        scale=scale,
         bias=bias,
         mask=mask,
         key_lengths=key_lengths,
@@ -365,6 +391,19 @@ def _check_options(
 def _fits(x: Tensor, shape: tuple[int, ...]) -> bool:
     pairs = zip(reversed(x.shape), reversed(shape), strict=False)
     return x.dim() <= len(shape) and all(size in (1, whole) for size, whole in pairs)
+
+
+def _check_tree(
+    q: Tensor, k: Tensor, parents: Tensor, causal: bool, key_lengths: Tensor | None, cu_seqlens: Tensor | None
+) -> Tree:
+    tree, least = Tree.of(parents, q, cu_seqlens), k.shape[1]
+    if not causal:
+        raise ValueError("`parents` give an order of tokens: got causal=False; drop one of the two")
+    if key_lengths is not None:
+        least = min(key_lengths.tolist(), default=least)
+    if least < q.shape[1]:
+        raise ValueError(f"the keys of the tree's {q.shape[1]} nodes are the last ones: got {least} keys in a row")
+    return tree
 
 
 def _check_lengths(q: Tensor, k: Tensor, key_lengths: Tensor | None, cu_seqlens: Tensor | None) -> None:

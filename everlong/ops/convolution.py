@@ -17,6 +17,7 @@ from torch.nn.functional import silu
 
 from everlong.ops.chunks import state_dtype
 from everlong.ops.spans import Span, spans
+from everlong.ops.tree import ConvolutionRecords, Tree
 
 BLOCK = 1 << 18  # numbers in a block: the few tensors of this size that are in use stay in the last cache
 SPECTRUM = 1 << 19  # numbers transformed at once, so that a few such tensors stay in cache
@@ -31,6 +32,23 @@ def causal_conv1d_torch(
     weight, bias = weight.to(state.dtype), None if bias is None else bias.to(state.dtype)
     y, after = short_convolution(x, weight, bias, state, cu_seqlens, activation == "silu")
     return y, after
+
+
+def causal_conv1d_tree_torch(
+    x: Tensor, weight: Tensor, *, tree: Tree, bias: Tensor | None, activation: str | None, state: Tensor
+) -> tuple[Tensor, ConvolutionRecords]:
+    """The short convolution over a tree: for each tap, the inputs of the nodes' ancestors at that distance."""
+    reach, depth = weight.shape[1] - 1, tree.depth
+    seen, taps = torch.cat([state, x.to(state.dtype)], 1), weight.to(state.dtype)
+    y = torch.zeros_like(x, dtype=state.dtype) if bias is None else bias.to(state.dtype).expand(x.shape)
+    for back in range(reach + 1):
+        source = reach - (back - depth)  # in the state, counted from its end
+        if back < tree.ancestors.shape[1]:
+            ancestor = tree.ancestors[:, back]
+            source = torch.where(ancestor >= 0, reach + ancestor, source)
+        y = torch.addcmul(y, seen.index_select(1, source), taps[:, reach - back])
+    y = y if activation is None else silu(y)
+    return y.to(x.dtype), ConvolutionRecords(tree.parents, x, state)
 
 
 def blocks(x: Tensor, span: Span) -> Iterator[tuple[slice, list[slice]]]:

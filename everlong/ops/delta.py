@@ -11,6 +11,7 @@ Cost      FLOPs a token and head: 6 K V step by step, 6 K V + 4 C (K + V) in chu
 """
 
 from collections.abc import Callable
+from typing import overload
 
 import torch
 from jaxtyping import Float, Int
@@ -20,10 +21,46 @@ from everlong.ops import arguments
 from everlong.ops.chunks import form_size, starting_state, state_dtype
 from everlong.ops.delta_chunk import low_rank_chunk
 from everlong.ops.dispatch import choose
+from everlong.ops.scoring import uncompiled
 from everlong.ops.spans import spans
 from everlong.ops.stepwise import delta_steps, dplr_steps
+from everlong.ops.tree import MemoryRecords, Tree
 
 CHUNK = 32  # tokens; 64 is 10 to 20 % slower on the CPU with K = V = 64
+
+
+@overload
+def delta_rule(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    beta: Tensor,
+    *,
+    log_decay: Tensor | None = ...,
+    scale: float | None = ...,
+    initial_state: Tensor | None = ...,
+    cu_seqlens: Tensor | None = ...,
+    parents: None = ...,
+    form: str = ...,
+    backend: str = ...,
+) -> tuple[Tensor, Tensor]: ...
+
+
+@overload
+def delta_rule(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    beta: Tensor,
+    *,
+    log_decay: Tensor | None = ...,
+    scale: float | None = ...,
+    initial_state: Tensor | None = ...,
+    cu_seqlens: Tensor | None = ...,
+    parents: Tensor,
+    form: str = ...,
+    backend: str = ...,
+) -> tuple[Tensor, MemoryRecords]: ...
 
 
 def delta_rule(
@@ -36,9 +73,10 @@ def delta_rule(
     scale: float | None = None,
     initial_state: Float[Tensor, "N H K V"] | None = None,
     cu_seqlens: Int[Tensor, " N_plus_1"] | None = None,
+    parents: Int[Tensor, " T"] | None = None,
     form: str = "auto",
     backend: str = "auto",
-) -> tuple[Float[Tensor, "B T H V"], Float[Tensor, "N H K V"]]:
+) -> tuple[Float[Tensor, "B T H V"], Float[Tensor, "N H K V"] | MemoryRecords]:
     """The delta rule, gated or not, and the state after the last token.
 
     Args:
@@ -49,14 +87,17 @@ def delta_rule(
         scale: of the queries; None is K ** -0.5.
         initial_state: S before the first token.
         cu_seqlens: the bounds of N sequences that are packed in one row (B = 1).
+        parents: the tokens are the nodes of a tree, see `ops.commit`: each sees its ancestors, itself and the initial
+            state. The parent of each, before it, or -1; all rows share the tree.
         form: "parallel" (T x T weights), "chunk", "recurrent", or "auto".
-        backend: "reference", "torch", or "auto".
+        backend: "reference", "torch", "native", or "auto".
 
     Returns:
-        o in the dtype of `v`, and the state, float32 (float64 for float64 inputs).
+        o in the dtype of `v`, and the state, float32 (float64 for float64 inputs); with `parents` the
+        tree's records instead.
 
     Raises:
-        ValueError: shapes that do not fit.
+        ValueError: shapes that do not fit, or `parents` that are no tree.
     """
     batch, length, heads, size = *v.shape[:3], q.shape[3]
     arguments.check(
@@ -70,19 +111,70 @@ def delta_rule(
         cu_seqlens=cu_seqlens,
         form=form,
     )
-    run = choose("delta_rule", backend, v)
+    scale = size**-0.5 if scale is None else scale
+    if parents is not None:
+        over_tree = uncompiled(choose("delta_rule_tree", backend, v))
+        recorded: tuple[Tensor, MemoryRecords] = over_tree(
+            q,
+            k,
+            v,
+            beta,
+            tree=uncompiled(Tree.of)(parents, v, cu_seqlens),
+            log_decay=log_decay,
+            scale=scale,
+            initial_state=initial_state,
+            form=form,
+        )
+        return recorded
+    run = choose("delta_rule", backend, v, form=form)
     result: tuple[Tensor, Tensor] = run(
         q,
         k,
         v,
         beta,
         log_decay=log_decay,
-        scale=size**-0.5 if scale is None else scale,
+        scale=scale,
         initial_state=initial_state,
         cu_seqlens=cu_seqlens,
         form=form,
     )
     return result
+
+
+@overload
+def dplr(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    a: Tensor,
+    b: Tensor,
+    *,
+    log_decay: Tensor | None = ...,
+    scale: float | None = ...,
+    initial_state: Tensor | None = ...,
+    cu_seqlens: Tensor | None = ...,
+    parents: None = ...,
+    form: str = ...,
+    backend: str = ...,
+) -> tuple[Tensor, Tensor]: ...
+
+
+@overload
+def dplr(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    a: Tensor,
+    b: Tensor,
+    *,
+    log_decay: Tensor | None = ...,
+    scale: float | None = ...,
+    initial_state: Tensor | None = ...,
+    cu_seqlens: Tensor | None = ...,
+    parents: Tensor,
+    form: str = ...,
+    backend: str = ...,
+) -> tuple[Tensor, MemoryRecords]: ...
 
 
 def dplr(
@@ -96,22 +188,24 @@ def dplr(
     scale: float | None = None,
     initial_state: Float[Tensor, "N H K V"] | None = None,
     cu_seqlens: Int[Tensor, " N_plus_1"] | None = None,
+    parents: Int[Tensor, " T"] | None = None,
     form: str = "auto",
     backend: str = "auto",
-) -> tuple[Float[Tensor, "B T H V"], Float[Tensor, "N H K V"]]:
+) -> tuple[Float[Tensor, "B T H V"], Float[Tensor, "N H K V"] | MemoryRecords]:
     """A memory under a diagonal plus a rank-one matrix, and the state after the last token.
 
     Args:
         q, k, a, b: queries, keys, and the two vectors of the low-rank part: what a reads of S_{t-1}, before the decay,
             is written under b. Their h heads are shared by H / h heads of `v` each; a and b may also have all H.
         log_decay: g, natural logarithms, of each key channel; -inf forgets all before.
-        scale, initial_state, cu_seqlens, form, backend: as in `delta_rule`.
+        scale, initial_state, cu_seqlens, parents, form, backend: as in `delta_rule`.
 
     Returns:
-        o in the dtype of `v`, and the state, float32 (float64 for float64 inputs).
+        o in the dtype of `v`, and the state, float32 (float64 for float64 inputs); with `parents` the
+        tree's records instead.
 
     Raises:
-        ValueError: shapes that do not fit.
+        ValueError: shapes that do not fit, or `parents` that are no tree.
     """
     heads, size = v.shape[2], q.shape[3]
     full = torch.Size((*v.shape[:3], size))
@@ -126,7 +220,23 @@ def dplr(
         cu_seqlens=cu_seqlens,
         form=form,
     )
-    run = choose("dplr", backend, v)
+    scale = size**-0.5 if scale is None else scale
+    if parents is not None:
+        over_tree = uncompiled(choose("dplr_tree", backend, v))
+        recorded: tuple[Tensor, MemoryRecords] = over_tree(
+            q,
+            k,
+            v,
+            a,
+            b,
+            tree=uncompiled(Tree.of)(parents, v, cu_seqlens),
+            log_decay=log_decay,
+            scale=scale,
+            initial_state=initial_state,
+            form=form,
+        )
+        return recorded
+    run = choose("dplr", backend, v, form=form)
     result: tuple[Tensor, Tensor] = run(
         q,
         k,
@@ -134,7 +244,7 @@ def dplr(
         a,
         b,
         log_decay=log_decay,
-        scale=size**-0.5 if scale is None else scale,
+        scale=scale,
         initial_state=initial_state,
         cu_seqlens=cu_seqlens,
         form=form,

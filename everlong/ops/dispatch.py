@@ -38,13 +38,14 @@ class Implementation:
     def serves(self, device: str, dtype: torch.dtype) -> bool:
         return device in self.devices and dtype in self.dtypes
 
-    def missing(self) -> str | None:
-        """Why it cannot run on this machine; None if it can. Kernels that are not built yet are built."""
+    def missing(self, *, build: bool) -> str | None:
+        """Why it cannot run on this machine; None if it can. `build` makes sure of kernels that are not built yet."""
         if self.backend != "native":
             return None
-        from everlong.ops.native.build import unavailable
+        from everlong.ops.native.build import obstacle
 
-        return unavailable()
+        found = obstacle(try_it=build)
+        return None if found is None else str(found)
 
     def load(self) -> Callable[..., Any]:
         module, _, function = self.target.partition(":")
@@ -65,12 +66,18 @@ def _backends(module: str, name: str, *, native: str | None = None) -> tuple[Imp
 # In the order of preference of "auto". The reference is never chosen by itself: it is there to be compared with.
 TABLE: dict[str, tuple[Implementation, ...]] = {
     "softmax_attention": _backends("attention", "softmax_attention", native="softmax_attention"),
-    "linear_attention": _backends("recurrence", "linear_attention"),
-    "delta_rule": _backends("delta", "delta_rule"),
-    "dplr": _backends("delta", "dplr"),
+    "linear_attention": _backends("recurrence", "linear_attention", native="linear_attention"),
+    "delta_rule": _backends("delta", "delta_rule", native="low_rank"),
+    "dplr": _backends("delta", "dplr", native="low_rank"),
     "linear_scan": _backends("scan", "linear_scan", native="linear_scan"),
-    "selective_scan": _backends("scan", "selective_scan"),
-    "causal_conv1d": _backends("scan", "causal_conv1d"),
+    "selective_scan": _backends("scan", "selective_scan", native="selective_scan"),
+    "causal_conv1d": _backends("scan", "causal_conv1d", native="causal_conv1d"),
+    # The same over trees of tokens (`parents`), with `tree`, a Tree, for `cu_seqlens`.
+    "softmax_attention_tree": _backends("tree_attention", "softmax_attention_tree"),
+    "linear_attention_tree": _backends("tree_memory", "linear_attention_tree"),
+    "delta_rule_tree": _backends("tree_memory", "delta_rule_tree"),
+    "dplr_tree": _backends("tree_memory", "dplr_tree"),
+    "causal_conv1d_tree": _backends("scan", "causal_conv1d_tree"),
 }
 
 # A plain variable: torch.compile cannot follow a ContextVar.
@@ -108,9 +115,9 @@ def use_backend(name: str) -> Iterator[None]:
 
 
 def explain(operator: str, *tensors: Tensor, backend: str = "auto") -> Choice:
-    """Which implementation `operator` takes for these tensors (none: float32 on the CPU), and why."""
+    """Which implementation `operator` takes for these tensors (none: float32 on the CPU), and why; builds nothing."""
     device, dtype = (tensors[0].device.type, tensors[0].dtype) if tensors else ("cpu", torch.float32)
-    return _decide(operator, backend, device, dtype, _asked)
+    return _decide.__wrapped__(operator, backend, device, dtype, _asked, build=False)
 
 
 def choose(operator: str, backend: str, tensor: Tensor, form: str = "auto") -> Callable[..., Any]:
@@ -124,10 +131,11 @@ def choose(operator: str, backend: str, tensor: Tensor, form: str = "auto") -> C
 
 def _target(operator: str, backend: str, device: str, dtype: torch.dtype, asked: str) -> str:
     """The key of the chosen function: torch.compile runs this while it traces, and takes a name but no function."""
-    choice = _decide(operator, backend, device, dtype, asked)
+    choice = _decide(operator, backend, device, dtype, asked, build=True)
     found = choice.implementation
     if found.target not in _functions:
-        _functions[found.target] = found.load()
+        # All at once: what is added after the compiler has looked into `_functions`, it does not see.
+        _functions.update({other.target: other.load() for others in TABLE.values() for other in others})
     if choice.warning:
         _warn(choice.warning)
     return found.target
@@ -151,6 +159,27 @@ def multiplies_bfloat16(device: str) -> bool:
     if device == "cuda":
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     return any(there for name, there in torch.cpu.get_capabilities().items() if name.endswith("bf16"))
+
+
+def kernels_serve(*tensors: Tensor) -> bool:
+    """Whether the kernels compute the layers around the operators for these tensors.
+
+    They do where they are the fastest: in eager mode, since torch.compile joins such passes by itself.
+    """
+    if torch.compiler.is_compiling() or not all(x.is_cpu and x.dtype in NATIVE_DTYPES for x in tensors):
+        return False
+    return _kernels_serve(_asked)
+
+
+@functools.cache
+def _kernels_serve(asked: str) -> bool:
+    if _wish("auto", asked)[0] not in ("auto", "native"):
+        return False
+    from everlong.ops.native.build import obstacle
+
+    if missing := obstacle(try_it=True):
+        _warn(_slower(str(missing)))
+    return missing is None
 
 
 def cache_folder() -> Path:
@@ -188,24 +217,19 @@ def _check_backend(name: str) -> None:
 
 
 @functools.cache
-def _decide(operator: str, backend: str, device: str, dtype: torch.dtype, asked: str) -> Choice:
+def _decide(operator: str, backend: str, device: str, dtype: torch.dtype, asked: str, *, build: bool) -> Choice:
     if operator not in TABLE:
         raise unknown("operator", operator, TABLE)
     _check_backend(backend)
     candidates = TABLE[operator]
-    name, reason = backend, "asked for by the call"
-    if name == "auto":
-        name, reason = asked, "asked for by use_backend"
-    if name == "auto":
-        name, reason = os.environ.get("EVERLONG_BACKEND", "auto"), "asked for by EVERLONG_BACKEND"
-        _check_backend(name)
+    name, reason = _wish(backend, asked)
     if name == "auto":
         warning = None
         for candidate in candidates:
             if not candidate.serves(device, dtype):
                 continue
-            if missing := candidate.missing():
-                warning = f"everlong is several times slower here than it could be: {missing}"
+            if missing := candidate.missing(build=build):
+                warning = _slower(missing)
                 continue
             reason = f"the fastest there is for {str(dtype).removeprefix('torch.')} on {device}"
             return Choice(operator, candidate.backend, warning or reason, candidate, warning)
@@ -214,8 +238,23 @@ def _decide(operator: str, backend: str, device: str, dtype: torch.dtype, asked:
         if candidate.backend == name:
             if not candidate.serves(device, dtype):
                 raise ValueError(f"backend `{name}` of {operator} does not serve {dtype} on {device}")
-            if missing := candidate.missing():
+            if missing := candidate.missing(build=build):
                 raise ValueError(f"backend `{name}` of {operator} cannot run here: {missing}")
             return Choice(operator, name, reason, candidate)
     there = ", ".join(candidate.backend for candidate in candidates)
     raise ValueError(f"{operator} has no backend `{name}`. There is: {there}")
+
+
+def _wish(backend: str, asked: str) -> tuple[str, str]:
+    """The backend that is asked for, "auto" where none is, and by what."""
+    if backend != "auto":
+        return backend, "asked for by the call"
+    if asked != "auto":
+        return asked, "asked for by use_backend"
+    name = os.environ.get("EVERLONG_BACKEND", "auto")
+    _check_backend(name)
+    return name, "asked for by EVERLONG_BACKEND"
+
+
+def _slower(missing: str) -> str:
+    return f"everlong works without its kernels, several times slower: {missing}"

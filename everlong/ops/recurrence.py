@@ -9,6 +9,8 @@ Sources   Katharopoulos et al. 2020, "Transformers are RNNs", arXiv 2006.16236 (
 Cost      FLOPs a token and head: 4 K V step by step; in chunks of C tokens 4 K V + 2 C (K + V)
 """
 
+from typing import overload
+
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -17,13 +19,52 @@ from everlong.ops import arguments
 from everlong.ops.chunks import form_size, starting_state, state_dtype, without_autocast
 from everlong.ops.dispatch import choose
 from everlong.ops.linear_chunk import linear_attention_chunk
+from everlong.ops.scoring import uncompiled
 from everlong.ops.spans import spans
 from everlong.ops.stepwise import linear_steps, read, spread
+from everlong.ops.tree import MemoryRecords, State, Tree
 
-State = Tensor | tuple[Tensor, Tensor]
 # Tokens of a chunk where channels share a decay, and half as many where they do not: the fastest on the CPU for
 # K = V = 64. With 32 the shared decay is as fast in float32, but keeps twice as many states and is slower in bfloat16.
 CHUNK = 64
+
+
+@overload
+def linear_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    log_decay: Tensor | None = ...,
+    bonus: Tensor | None = ...,
+    normalize: bool = ...,
+    scale: float | None = ...,
+    causal: bool = ...,
+    initial_state: State | None = ...,
+    cu_seqlens: Tensor | None = ...,
+    parents: None = ...,
+    form: str = ...,
+    backend: str = ...,
+) -> tuple[Tensor, State]: ...
+
+
+@overload
+def linear_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    log_decay: Tensor | None = ...,
+    bonus: Tensor | None = ...,
+    normalize: bool = ...,
+    scale: float | None = ...,
+    causal: bool = ...,
+    initial_state: State | None = ...,
+    cu_seqlens: Tensor | None = ...,
+    parents: Tensor,
+    form: str = ...,
+    backend: str = ...,
+) -> tuple[Tensor, MemoryRecords]: ...
 
 
 def linear_attention(
@@ -38,10 +79,12 @@ def linear_attention(
     causal: bool = True,
     initial_state: Float[Tensor, "N H K V"] | tuple[Float[Tensor, "N H K V"], Float[Tensor, "N H K"]] | None = None,
     cu_seqlens: Int[Tensor, " N_plus_1"] | None = None,
+    parents: Int[Tensor, " T"] | None = None,
     form: str = "auto",
     backend: str = "auto",
 ) -> tuple[
-    Float[Tensor, "B T H V"], Float[Tensor, "N H K V"] | tuple[Float[Tensor, "N H K V"], Float[Tensor, "N H K"]]
+    Float[Tensor, "B T H V"],
+    Float[Tensor, "N H K V"] | tuple[Float[Tensor, "N H K V"], Float[Tensor, "N H K"]] | MemoryRecords,
 ]:
     """Linear attention and the state after the last token.
 
@@ -54,14 +97,17 @@ def linear_attention(
         causal: False lets every token read the sum over its whole sequence; without decay and bonus only.
         initial_state: S before the first token; with `normalize` the pair (S, z).
         cu_seqlens: the bounds of N sequences that are packed in one row (B = 1).
+        parents: the tokens are the nodes of a tree, see `ops.commit`: each sees its ancestors, itself and the initial
+            state. The parent of each, before it, or -1; all rows share the tree.
         form: "parallel" (T x T weights), "chunk", "recurrent", or "auto".
-        backend: "reference", "torch", or "auto".
+        backend: "reference", "torch", "native", or "auto".
 
     Returns:
-        o in the dtype of `v`, and the state, float32 (float64 for float64 inputs); with `normalize` the pair (S, z).
+        o in the dtype of `v`, and the state, float32 (float64 for float64 inputs); with `normalize` the pair (S, z);
+        with `parents` the tree's records instead.
 
     Raises:
-        ValueError: shapes that do not fit, or a combination that does not exist.
+        ValueError: shapes that do not fit, `parents` that are no tree, or a combination that does not exist.
     """
     memory, total = initial_state if isinstance(initial_state, tuple) else (initial_state, None)
     batch, length, heads, size = *v.shape[:3], q.shape[3]
@@ -82,7 +128,25 @@ def linear_attention(
         raise ValueError(
             "`log_decay` and `bonus` need an order of tokens: got causal=False; drop them or use causal=True"
         )
-    run = choose("linear_attention", backend, v)
+    scale = size**-0.5 if scale is None else scale
+    if parents is not None:
+        if not causal:
+            raise ValueError("`parents` give an order of tokens: got causal=False; drop one of the two")
+        over_tree = uncompiled(choose("linear_attention_tree", backend, v))
+        recorded: tuple[Tensor, MemoryRecords] = over_tree(
+            q,
+            k,
+            v,
+            tree=uncompiled(Tree.of)(parents, v, cu_seqlens),
+            log_decay=log_decay,
+            bonus=bonus,
+            normalize=normalize,
+            scale=scale,
+            initial_state=initial_state,
+            form=form,
+        )
+        return recorded
+    run = choose("linear_attention", backend, v, form=form)
     result: tuple[Tensor, State] = run(
         q,
         k,
@@ -90,7 +154,7 @@ def linear_attention(
         log_decay=log_decay,
         bonus=bonus,
         normalize=normalize,
-        scale=size**-0.5 if scale is None else scale,
+        scale=scale,
         causal=causal,
         initial_state=initial_state,
         cu_seqlens=cu_seqlens,

@@ -15,6 +15,8 @@ Under `cu_seqlens` [N + 1], 0 first and T last, one row (B = 1) holds N sequence
 are [N, ...]. The references below are the definitions; the fast forms are in scan_chunk.py and convolution.py.
 """
 
+from typing import overload
+
 import torch
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor
@@ -23,14 +25,18 @@ from torch.nn.functional import pad, silu, softplus
 from everlong.config import unknown
 from everlong.ops import dispatch
 from everlong.ops.chunks import state_dtype
-from everlong.ops.convolution import causal_conv1d_torch, fft_convolution
+from everlong.ops.convolution import causal_conv1d_torch, causal_conv1d_tree_torch, fft_convolution
 from everlong.ops.scan_chunk import linear_scan_torch, selective_scan_torch
+from everlong.ops.scoring import uncompiled
 from everlong.ops.spans import spans
+from everlong.ops.tree import ConvolutionRecords, Tree
 
 __all__ = [
     "causal_conv1d",
     "causal_conv1d_reference",
     "causal_conv1d_torch",
+    "causal_conv1d_tree_reference",
+    "causal_conv1d_tree_torch",
     "linear_scan",
     "linear_scan_reference",
     "linear_scan_torch",
@@ -133,6 +139,34 @@ def selective_scan(
     return y, last
 
 
+@overload
+def causal_conv1d(
+    x: Tensor,
+    weight: Tensor,
+    *,
+    bias: Tensor | None = ...,
+    activation: str | None = ...,
+    state: Tensor | None = ...,
+    cu_seqlens: Tensor | None = ...,
+    parents: None = ...,
+    backend: str = ...,
+) -> tuple[Tensor, Tensor]: ...
+
+
+@overload
+def causal_conv1d(
+    x: Tensor,
+    weight: Tensor,
+    *,
+    bias: Tensor | None = ...,
+    activation: str | None = ...,
+    state: Tensor | None = ...,
+    cu_seqlens: Tensor | None = ...,
+    parents: Tensor,
+    backend: str = ...,
+) -> tuple[Tensor, ConvolutionRecords]: ...
+
+
 def causal_conv1d(
     x: Float[Tensor, "B T D"],
     weight: Float[Tensor, "D W"],
@@ -141,8 +175,9 @@ def causal_conv1d(
     activation: str | None = None,
     state: Float[Tensor, "N W_minus_1 D"] | None = None,
     cu_seqlens: Int[Tensor, " N_plus_1"] | None = None,
+    parents: Int[Tensor, " T"] | None = None,
     backend: str = "auto",
-) -> tuple[Float[Tensor, "B T D"], Float[Tensor, "N W_minus_1 D"]]:
+) -> tuple[Float[Tensor, "B T D"], Float[Tensor, "N W_minus_1 D"] | ConvolutionRecords]:
     """Each channel's weighted sum of its last W inputs.
 
     Args:
@@ -150,13 +185,15 @@ def causal_conv1d(
         activation: None or "silu".
         state: the W - 1 inputs before the first, oldest first; 0 if None.
         cu_seqlens: where the sequences in one row begin and end.
+        parents: the inputs are the nodes of a tree, see `ops.commit`: each sees its last W - 1 ancestors, and before
+            the first of these the end of `state`. The parent of each, before it, or -1; all rows share the tree.
 
     Returns:
         y in the dtype of x, and the last W - 1 inputs in float32 (float64 for float64), which are partly those of the
-        given state where a sequence has fewer.
+        given state where a sequence has fewer; with `parents` the tree's records instead.
 
     Raises:
-        ValueError: shapes or dtypes do not fit, or an unknown activation.
+        ValueError: shapes or dtypes do not fit, an unknown activation, or `parents` that are no tree.
     """
     if x.dim() != 3 or weight.dim() != 2 or weight.shape[0] != x.shape[2] or weight.shape[1] == 0:
         raise ValueError(
@@ -167,6 +204,13 @@ def causal_conv1d(
     if activation not in (None, "silu"):
         raise unknown("activation", str(activation), ("silu", "None"))
     state = _state(state, x, (weight.shape[1] - 1, x.shape[2]), cu_seqlens, name="state")
+    if parents is not None:
+        over_tree = uncompiled(dispatch.choose("causal_conv1d_tree", backend, x))
+        tree = uncompiled(Tree.of)(parents, x, cu_seqlens)
+        recorded: tuple[Tensor, ConvolutionRecords] = over_tree(
+            x, weight, tree=tree, bias=bias, activation=activation, state=state
+        )
+        return recorded
     compute = dispatch.choose("causal_conv1d", backend, x)
     y, last = compute(x, weight, bias=bias, activation=activation, state=state, cu_seqlens=cu_seqlens)
     return y, last
@@ -282,6 +326,21 @@ def causal_conv1d_reference(
     out = out if bias is None else out + bias.double()
     out = out if activation is None else silu(out)
     return out.to(dtype), torch.cat(last).to(kind)
+
+
+def causal_conv1d_tree_reference(
+    x: Tensor, weight: Tensor, *, tree: Tree, bias: Tensor | None, activation: str | None, state: Tensor
+) -> tuple[Tensor, ConvolutionRecords]:
+    """One node after another in float64."""
+    windows, y = {-1: state.double()}, [x.double()[:, :0]]
+    for node, parent in enumerate(tree.parents.tolist()):
+        window = torch.cat([windows[parent], x.double()[:, node, None]], 1)
+        y.append(torch.einsum("bwd,dw->bd", window, weight.double())[:, None])
+        windows[node] = window[:, 1:]
+    out = torch.cat(y, 1)
+    out = out if bias is None else out + bias.double()
+    out = out if activation is None else silu(out)
+    return out.to(x.dtype), ConvolutionRecords(tree.parents, x, state)
 
 
 def _sequences(x: Tensor, cu_seqlens: Tensor | None) -> int:

@@ -88,7 +88,7 @@ class Scoring:
             torch.arange(start + rows.start, start + rows.stop, device=device),
             torch.arange(self.origin + columns.start, self.origin + columns.stop, device=device),
         )
-        return _checked(bias, rows.stop - rows.start, columns.stop - columns.start)
+        return checked_bias(bias, rows.stop - rows.start, columns.stop - columns.start)
 
     def scores(self, q: Tensor, k: Tensor, rows: slice, columns: slice) -> Tensor:
         """The softmax's argument for a tile [B, H, R, C] of q [B, H, R, K] and k [B, Hkv, C, K]; -inf where masked."""
@@ -149,7 +149,7 @@ def uncompiled(function: Function) -> Function:
     return function
 
 
-def _checked(bias: Tensor, num_queries: int, num_keys: int) -> Tensor:
+def checked_bias(bias: Tensor, num_queries: int, num_keys: int) -> Tensor:
     rule = "a `bias` function returns a floating-point tensor broadcastable to [H, queries, keys]"
     shape = tuple(bias.shape)
     sizes = zip(reversed(shape), (num_keys, num_queries), strict=False)

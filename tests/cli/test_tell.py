@@ -124,6 +124,7 @@ SOUND = {
     "memory": {"available": 8 << 30},
     "compiler": {"name": "g++", "path": "/usr/bin/g++", "python_headers": True},
     "bf16": {"instructions": True, "ratio": 3.0},
+    "kernels": {"built": True, "path": "/cache/kernels.so", "missing": None},
     "keeps_freed_memory": True,
 }
 
@@ -137,6 +138,7 @@ SOUND = {
         ("processor", {"load": 9.0}, "other work keeps the cores busy"),
         ("memory", {"available": 1 << 30}, "of memory are free"),
         ("compiler", {"path": None}, "there is no C++ compiler `g++`"),
+        ("kernels", {"missing": {"reason": "no compiler", "remedy": "apt install g++"}}, "without its kernels"),
         ("compiler", {"python_headers": False}, "Python.h is missing"),
         ("bf16", {"ratio": 1.0}, "bf16 is only 1.0 times as fast"),
     ],

@@ -30,6 +30,10 @@ COMPILERS = ("c++", "g++", "clang++")
 class Unavailable(Exception):
     """There are no kernels here; says why, and what would help."""
 
+    def __init__(self, reason: str, remedy: str) -> None:
+        super().__init__(f"{reason}: {remedy}")
+        self.reason, self.remedy = reason, remedy
+
 
 def compiler() -> str:
     """The path of the C++ compiler: what the environment asks for, or the first of the usual ones.
@@ -38,14 +42,15 @@ def compiler() -> str:
         Unavailable: there is none.
     """
     if platform.system() == "Windows":
-        raise Unavailable("the kernels are for Linux and macOS; under Windows use WSL")
+        raise Unavailable("the kernels are for Linux and macOS", "under Windows use WSL")
     asked = dispatch.asked_compiler()
     for name in (asked,) if asked else COMPILERS:
         if found := shutil.which(name):
             return found
+    if asked:
+        raise Unavailable(f"there is no compiler `{asked}`, which CXX names", "unset CXX, or name one that is there")
     remedy = {"Darwin": "xcode-select --install", "Linux": "apt install g++"}.get(platform.system(), "install g++")
-    missing = f"there is no compiler `{asked}`, which CXX names" if asked else f"no C++ compiler was found ({remedy})"
-    raise Unavailable(f"{missing}; then `everlong doctor --build`")
+    raise Unavailable("there is no C++ compiler", remedy)
 
 
 def flags() -> tuple[str, ...]:
@@ -79,20 +84,41 @@ def library() -> ctypes.CDLL:
     try:
         loaded = ctypes.CDLL(str(path))
     except OSError as error:
-        raise Unavailable(f"the kernels cannot be loaded: {error}; remove {path.parent}") from error
+        raise Unavailable(f"the kernels cannot be loaded: {error}", f"remove {path.parent}") from error
     loaded.use_threads_of_torch.argtypes = (ctypes.c_void_p,)
     if (pool := _threads_of_torch()) is not None:
         loaded.use_threads_of_torch(pool)
     return loaded
 
 
+def built() -> bool:
+    """Whether the library for this machine is there; the first use of a kernel builds it."""
+    try:
+        return library_path().is_file()
+    except Unavailable:
+        return False
+
+
+def obstacle(*, try_it: bool) -> Unavailable | None:
+    """Why there are no kernels here, None where there are.
+
+    `try_it` builds and loads them; without it, and where nobody has tried yet, a compiler is enough.
+    """
+    if try_it or _attempt.cache_info().currsize:
+        return _attempt()
+    try:
+        library_path()
+    except Unavailable as error:
+        return error
+    return None
+
+
 @functools.cache
-def unavailable() -> str | None:
-    """Why there are no kernels here; None where there are. Builds them if need be."""
+def _attempt() -> Unavailable | None:
     try:
         library()
     except Unavailable as error:
-        return str(error)
+        return error
     return None
 
 
@@ -115,7 +141,8 @@ def build(path: Path) -> None:
             os.replace(made, path)
             shutil.rmtree(work, ignore_errors=True)
     except OSError as error:
-        raise Unavailable(f"the kernels cannot be kept in {path.parent}: {error.strerror or error}") from error
+        reason = f"the kernels cannot be kept in {path.parent}: {error.strerror or error}"
+        raise Unavailable(reason, "name another folder in EVERLONG_CACHE") from error
 
 
 # Run in a process of its own: the builder takes compiler and ninja from the environment, and imports setuptools.
@@ -141,8 +168,9 @@ def _compile(work: Path) -> Path:
     )
     if done.returncode:
         output = (done.stdout + done.stderr).strip().splitlines() or [f"exit code {done.returncode}"]
-        first = next((line for line in output if "error" in line.lower()), output[-1])
-        raise Unavailable(f"the kernels cannot be built: {first.strip()}")
+        first = next((line for line in output if ": error:" in line or ": fatal error:" in line), output[-1])
+        remedy = "name another compiler in CXX (GCC 12 and Clang 14 are known to work)"
+        raise Unavailable(f"the kernels cannot be built: {first.strip()}", remedy)
     return work / f"{NAME}.so"
 
 

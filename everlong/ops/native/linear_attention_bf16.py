@@ -174,9 +174,7 @@ def _save(context: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, T
 
 def _gradient(context: Any, d_o: Tensor | None, d_last: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
     q, k, v, log_decay, cu_seqlens, saved = context.saved_tensors
-    d_q, d_k, d_v, d_log_decay, d_state = _backward(
-        q, k, v, log_decay, cu_seqlens, saved, d_o, d_last, context.scale
-    )
+    d_q, d_k, d_v, d_log_decay, d_state = _backward(q, k, v, log_decay, cu_seqlens, saved, d_o, d_last, context.scale)
     return (
         d_q,
         d_k,

@@ -5,7 +5,7 @@
 #include <cstring>
 #include <utility>
 
-#if defined(__AVX512BF16__)
+#if defined(__SSE__)
 #include <immintrin.h>
 #endif
 
@@ -74,6 +74,24 @@ INLINE void narrow(float x, bfloat16* to) {
   uint32_t bits;
   std::memcpy(&bits, &x, sizeof bits);
   to->bits = uint16_t(x == x ? (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16 : (bits >> 16) | 0x40u);
+}
+
+// Stores past the caches, which saves reading the line first: for results too large to be found there later. `to` lies on
+// a multiple of the vector's bytes, and `end_streams` comes before anybody else reads it.
+INLINE void stream(float* to, Vec x) {
+#if defined(__AVX512F__)
+  _mm512_stream_ps(to, (__m512)x);
+#elif defined(__AVX__)
+  _mm256_stream_ps(to, (__m256)x);
+#else
+  store(to, x);
+#endif
+}
+INLINE void stream(bfloat16* to, Vec x) { store(to, x); }
+INLINE void end_streams() {
+#if defined(__SSE__)
+  _mm_sfence();
+#endif
 }
 
 // The first `count` numbers (fewer than LANES are allowed) and zeros.
@@ -154,45 +172,78 @@ INLINE void transpose(Vec (&rows)[LANES]) {
   }
 }
 
+// Lane k of the result is the sum of rows[k], which are overwritten.
+template <int S = LANES / 2>
+INLINE Vec sums(Vec (&rows)[LANES]) {
+  if constexpr (S == 0) {
+    return rows[0];
+  } else {
+#pragma GCC unroll 16
+    for (int i = 0; i < S; i++)
+      rows[i] = lanes::All::evens<S>(rows[i], rows[i + S]) + lanes::All::odds<S>(rows[i], rows[i + S]);
+    return sums<S / 2>(rows);
+  }
+}
+
 // 2^n for whole n from -126 to 127.
 INLINE Vec power_of_two(Ints n) { return (Vec)((n + 127) << 23); }
 
 constexpr float LOG2E = 1.44269504088896341f;
 constexpr float LN2_HIGH = 0.693359375f, LN2_LOW = -2.12194440e-4f;  // ln 2 in two parts, the first short
 
-// e^x to about 1e-7 relative; 0 below -87 (nothing denormal), inf above 88.7, NaN for NaN.
-INLINE Vec exp(Vec x) {
+// 2^n p for whole n, also where the result overflows or vanishes.
+INLINE Vec scaled(Vec p, Vec n) {
+#if defined(__AVX512F__)
+  // All lanes by a mask: GCC 12 warns of its own headers otherwise.
+  return (Vec)_mm512_maskz_scalef_ps(0xffff, (__m512)p, (__m512)n);
+#else
+  Vec bounded = min(max(n, broadcast(-160.0f)), broadcast(160.0f));
+  Ints whole = __builtin_convertvector(bounded, Ints), half = whole >> 1;  // in two steps, which both are normal
+  return p * power_of_two(half) * power_of_two(whole - half);
+#endif
+}
+INLINE Vec to_whole(Vec x) {
+#if defined(__AVX512F__)
+  return (Vec)_mm512_maskz_roundscale_ps(0xffff, (__m512)x, 0);
+#else
   const float big = 12582912.0f;  // 1.5 * 2^23: adding it rounds to a whole number
-  Vec bounded = min(max(x, broadcast(-87.0f)), broadcast(88.72f));
-  Vec shifted = bounded * LOG2E + big;
-  Vec n = shifted - big;
-  Vec r = (bounded - n * LN2_HIGH) - n * LN2_LOW;
+  return (x + big) - big;
+#endif
+}
+// Infinities, which would become NaN, to numbers whose power is 0 or infinite as well; NaN stays NaN.
+INLINE Vec bounded(Vec x) {
+#if defined(__AVX512F__)
+  __m512 above = _mm512_maskz_max_ps(0xffff, _mm512_set1_ps(-200.0f), (__m512)x);
+  return (Vec)_mm512_maskz_min_ps(0xffff, _mm512_set1_ps(200.0f), above);
+#else
+  x = x < -200.0f ? broadcast(-200.0f) : x;
+  return x > 200.0f ? broadcast(200.0f) : x;
+#endif
+}
+
+// e^x to about 1e-7 relative; below -87 it may be 0, and is so where denormal numbers are flushed; NaN for NaN.
+INLINE Vec exp(Vec x) {
+  x = bounded(x);
+  Vec n = to_whole(x * LOG2E);
+  Vec r = (x - n * LN2_HIGH) - n * LN2_LOW;
   Vec p = r * 1.9875691500e-4f + 1.3981999507e-3f;
   p = p * r + 8.3334519073e-3f;
   p = p * r + 4.1665795894e-2f;
   p = p * r + 1.6666665459e-1f;
   p = p * r + 5.0000001201e-1f;
-  p = p * (r * r) + (r + 1.0f);
-  Ints whole = __builtin_convertvector(n, Ints);
-  Ints half = whole >> 1;  // n reaches 128: in two steps
-  Vec y = p * power_of_two(half) * power_of_two(whole - half);
-  y = x < -87.0f ? zeros() : y;
-  y = x > 88.72f ? broadcast(__builtin_inff()) : y;
-  return x == x ? y : x;
+  return scaled(p * (r * r) + (r + 1.0f), n);
 }
 
-// 2^x to about 2e-7 relative for x below 127; 0 below -126 (nothing denormal), NaN for NaN. Half the work of `exp`.
+// 2^x to about 1e-7 relative, and exactly 1 at 0; otherwise as `exp`, but faster: for large x its error is that which x
+// has in float32 anyway.
 INLINE Vec exp2(Vec x) {
-  const float big = 12582912.0f + 127.0f;  // rounds to a whole number, whose lowest bits are then n + 127
-  Vec shifted = x + big;
-  Vec r = x - (shifted - big);
-  Vec p = r * 1.327647013e-3f + 9.675540961e-3f;
-  p = p * r + 5.550713092e-2f;
-  p = p * r + 2.402212024e-1f;
-  p = p * r + 6.931469440e-1f;
-  p = p * r + 1.000000119f;
-  Vec y = p * (Vec)((Words)shifted << 23);
-  return x < -126.0f ? zeros() : y;
+  x = bounded(x);
+  Vec n = to_whole(x), r = x - n;
+  Vec p = r * 1.3264754063e-3f + 9.6715122193e-3f;
+  p = p * r + 5.5507336400e-2f;
+  p = p * r + 2.4022242094e-1f;
+  p = p * r + 6.9314697769e-1f;
+  return scaled(p * r + 1.0f, n);
 }
 
 // ln x to about 1e-7 for normal x > 0; -inf at 0.
@@ -217,11 +268,16 @@ INLINE Vec log(Vec x) {
 }
 
 INLINE Vec sigmoid(Vec x) { return 1.0f / (1.0f + exp(-x)); }
-// ln(1 + e^x)
+// ln(1 + e^x) to about 1e-7 relative
 INLINE Vec softplus(Vec x) {
-  Vec small = exp(x < 0.0f ? x : -x);  // from 0 to 1
-  Vec whole = 1.0f + small;
-  // ln(1 + s), with the digits that 1 + s lost put back
-  Vec y = log(whole) + (small - (whole - 1.0f)) / whole;
-  return max(x, zeros()) + y;
+  Vec s = exp(x < 0.0f ? x : -x);  // from 0 to 1, where ln(1 + s) / s is a polynomial
+  Vec p = s * 5.2324216933e-3f - 2.9504146301e-2f;
+  p = p * s + 7.8224172494e-2f;
+  p = p * s - 1.3663094826e-1f;
+  p = p * s + 1.9105935769e-1f;
+  p = p * s - 2.4842964074e-1f;
+  p = p * s + 3.3319094530e-1f;
+  p = p * s - 4.9999493031e-1f;
+  p = p * s + 9.9999996987e-1f;
+  return p * s + max(x, zeros());
 }
