@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from everlong.ops.convolution import causal_conv1d_tree_torch
+from everlong.ops.dispatch import NATIVE_DTYPES
 from everlong.ops.native.call import call
 from everlong.ops.native.register import register
 from everlong.ops.tree import ConvolutionRecords, Tree
@@ -18,7 +19,7 @@ def causal_conv1d_tree_native(
     """Each node's input and its ancestors' through the taps; sums are float32."""
     tensors = [tensor for tensor in (x, weight, bias, state) if tensor is not None]
     differentiated = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
-    if differentiated or not all(tensor.dtype in (torch.float32, torch.bfloat16) for tensor in tensors):
+    if differentiated or not all(tensor.dtype in NATIVE_DTYPES for tensor in tensors):
         return causal_conv1d_tree_torch(x, weight, tree=tree, bias=bias, activation=activation, state=state)
     y = _convolution(x, weight, bias, state, tree.parents, activation == "silu")
     return y, ConvolutionRecords(tree.parents, x, state)

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from everlong.ops.chunks import starting_state
+from everlong.ops.dispatch import NATIVE_DTYPES
 from everlong.ops.native.call import call
 from everlong.ops.native.register import register
 from everlong.ops.tree import MemoryRecords, State, Tree
@@ -100,7 +101,7 @@ def _serves(*tensors: Tensor | None) -> bool:
     """Whether the kernel computes this: float32 and bfloat16, and no gradient."""
     there = [x for x in tensors if x is not None]
     differentiated = torch.is_grad_enabled() and any(x.requires_grad for x in there)
-    return not differentiated and all(x.dtype in (torch.float32, torch.bfloat16) for x in there)
+    return not differentiated and all(x.dtype in NATIVE_DTYPES for x in there)
 
 
 def _compute(

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from memory_laws import ADVERSARIES, assert_close, gates, normal
 from oracles import flat, rms
 
-from everlong.ops import causal_conv1d, commit, delta_rule, dplr, linear_attention, use_backend
-from everlong.ops.native import tree_commit, tree_convolution, tree_memory
+from everlong.ops import causal_conv1d, commit, delta_rule, dplr, linear_attention, softmax_attention, use_backend
+from everlong.ops.native import tree_commit, tree_convolution, tree_memory, tree_softmax
 
 TREES = runpy.run_path(str(Path(__file__).parents[1] / "test_tree.py"))
 MEMORIES, BUSHY, trees, path_to = (TREES[name] for name in ("MEMORIES", "BUSHY", "trees", "path_to"))
@@ -246,3 +246,101 @@ def test_torch_knows_the_operators():
         torch.library.opcheck(tree_commit._commit, (paths, *tokens[1:3], *more, tokens[3], state, sums))
     x, weight, bias, before = convolution(2, 9, 5, 4, torch.float32).values()
     torch.library.opcheck(tree_convolution._convolution, (x, weight, bias, before, parents, True))
+    for lengths in (None, torch.tensor([9, 20])):
+        torch.library.opcheck(tree_softmax._attention, (*cache(2, 9, 11), parents, lengths, 7, 0.5))
+
+
+def cache(batch, nodes, prefix, heads=4, groups=2, channels=5, width=3, dtype=torch.float32):
+    shapes = (nodes, heads, channels), (prefix + nodes, groups, channels), (prefix + nodes, groups, width)
+    return [normal(batch, *shape).to(dtype) for shape in shapes]
+
+
+def check_attention(q, k, v, parents, **options):
+    bound, exact = laws.BOUND[q.dtype], [x.double() for x in (q, k, v)]
+    options |= {"parents": torch.tensor(parents), "return_lse": True}
+    expected, truth = softmax_attention(*exact, **options, backend="reference")
+    o, lse = softmax_attention(q, k, v, **options, backend="native")
+    assert (o.dtype, lse.dtype) == (v.dtype, torch.float32)
+    assert_close([o, lse], [expected, truth], bound)
+
+
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(
+    parents=trees.filter(len),
+    prefix=st.integers(0, 140),
+    window=st.none() | st.integers(1, 40),
+    shape=st.sampled_from([(4, 2, 5, 3), (2, 2, 16, 16), (6, 1, 17, 70), (1, 1, 1, 1), (8, 2, 64, 64)]),
+    dtype=st.sampled_from(list(laws.BOUND)),
+)
+def test_attention_of_each_path(parents, prefix, window, shape, dtype):
+    check_attention(*cache(2, len(parents), prefix, *shape, dtype=dtype), parents, window=window)
+
+
+@pytest.mark.parametrize("parents", [CHAIN[:100], WIDE, ROOTS], ids=["chain", "wide", "roots"])
+@pytest.mark.parametrize("window", [None, 3, 50])
+def test_attention_over_deep_and_wide_trees(parents, window):
+    q, k, v = cache(1, len(parents), 70, 2, 1)
+    for used in ((q, k, v), [laws.scattered(x) for x in (q, k, v)], [x.mT.contiguous().mT for x in (q, k, v)]):
+        check_attention(*used, parents, window=window)
+
+
+def test_attention_to_a_long_cache():
+    """Scores of any size, in several parts."""
+    q, k, v = cache(2, len(BUSHY), 2500)
+    for strength in (1.0, 60.0):
+        options = {"parents": torch.tensor(BUSHY), "return_lse": True, "scale": strength}
+        expected = softmax_attention(q.double(), k.double(), v.double(), **options, backend="torch")
+        assert_close([*softmax_attention(q, k, v, **options, backend="native")], [*expected], 1e-5)
+
+
+@pytest.mark.parametrize("window", [None, 4])
+def test_attention_with_rows_of_different_lengths(window):
+    q, k, v = cache(3, len(BUSHY), 80)
+    lengths = [14, 94, 40]
+    for row, length in enumerate(lengths):
+        k[row, length:] = v[row, length:] = math.nan
+    options = {"parents": torch.tensor(BUSHY), "window": window}
+    for real in (torch.tensor(lengths), torch.tensor(lengths, dtype=torch.int32)):
+        o = softmax_attention(q, k, v, key_lengths=real, backend="native", **options)
+        for row, length in enumerate(lengths):
+            alone = q[row, None].double(), k[row, None, :length].double(), v[row, None, :length].double()
+            assert rms(o[row, None], softmax_attention(*alone, backend="reference", **options)) < 1e-5
+
+
+@pytest.mark.parametrize("other", [1e3, math.inf, math.nan])
+def test_attention_does_not_reach_other_branches(other):
+    """Nor what is before the window."""
+    q, k, v = cache(2, len(BUSHY), 90)
+    for window in (None, 3):
+        options = {"parents": torch.tensor(BUSHY), "window": window, "backend": "native"}
+        before = softmax_attention(q, k, v, **options)
+        for changed in (1, 6, 13):
+            spoilt = [x.clone() for x in (q, k, v)]
+            for x, place in zip(spoilt, (changed, 90 + changed, 90 + changed), strict=True):
+                x[:, place] = torch.randn_like(x[:, place]) * other
+            after = softmax_attention(*spoilt, **options)
+            for node in range(len(BUSHY)):
+                seen = path_to(BUSHY, node)[-(window or 99) :]
+                assert torch.equal(after[:, node], before[:, node]) == (changed not in seen)
+        if window is not None:
+            for x in (k, v):
+                x[:, :88] = other
+            assert torch.equal(softmax_attention(q, k, v, **options), before)
+
+
+def test_attention_is_the_same_to_the_bit():
+    q, k, v = cache(3, 20, 2100, 8, 2, 64, 64)
+    options = {"parents": torch.tensor([-1, *range(10), *range(9)]), "backend": "native", "return_lse": True}
+    o, lse = repeated(lambda: softmax_attention(q, k, v, **options))
+    alone = softmax_attention(q[1:2], k[1:2], v[1:2], **options)
+    assert all(torch.equal(one, several[1:2]) for one, several in zip(alone, (o, lse), strict=True))
+
+
+@torch.enable_grad()
+def test_attention_with_gradients_is_that_of_torch():
+    inputs, gradients = cache(2, len(BUSHY), 9), []
+    for backend in ("native", "torch"):
+        leaves = [x.clone().requires_grad_() for x in inputs]
+        o = softmax_attention(*leaves, parents=torch.tensor(BUSHY), backend=backend)
+        gradients.append(torch.autograd.grad(o.square().sum(), leaves))
+    assert all(torch.equal(*pair) for pair in zip(*gradients, strict=True))

@@ -2,8 +2,8 @@
 //
 //   S = e^{G_0} S_0 + sum_j e^{G_j} k_j u_j^T        G_j the sum of log-decays of the nodes behind j on the path
 //
-// A unit of work is one head of one sequence. It goes from the last node of the path to the first with the product of the
-// decays that it has passed, and then makes the state in one pass.
+// A unit of work is one head of one sequence. It goes from the last node of the path to the first with the product of
+// the decays that it has passed, and then makes the state in one pass.
 #include <algorithm>
 
 #include "products.h"
@@ -35,7 +35,7 @@ struct Written {
         keys(scratch.take(2 * x.longest * key_width)), values(scratch.take(2 * x.longest * value_width)),
         decay(scratch.take(key_width)) {}
 
-  void put(const Tensor& k, const Tensor& v, int64_t n, int64_t node, int64_t k_head, int64_t head, const Arguments& x) {
+  void put(const Arguments& x, const Tensor& k, const Tensor& v, int64_t n, int64_t node, int64_t k_head, int64_t head) {
     float* key = keys + rows * key_width;
     with_type(k, [&](auto number) {
       using Number = decltype(number);
@@ -82,9 +82,9 @@ void unit(const Arguments& x, Written written, int64_t n, int64_t head) {
   for (int64_t c = 0; c < written.key_width; c += LANES) store(written.decay + c, broadcast(1.0f));
   for (int64_t i = nodes - 1; i >= 0; i--) {
     int64_t node = path[i * step];
-    written.put(x.keys, x.values, n, node, head * x.heads_of_keys / x.heads, head, x);
+    written.put(x, x.keys, x.values, n, node, head * x.heads_of_keys / x.heads, head);
     if (x.other_keys)
-      written.put(x.other_keys, x.other_values, n, node, head * x.heads_of_others / x.heads, head, x);
+      written.put(x, x.other_keys, x.other_values, n, node, head * x.heads_of_others / x.heads, head);
     if (x.log_decay) written.fade(x.log_decay, n, node, head, x);
   }
   for (int64_t k = 0; k < x.channels; k++) {
