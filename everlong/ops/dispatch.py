@@ -65,19 +65,19 @@ def _backends(module: str, name: str, *, native: str | None = None) -> tuple[Imp
 
 # In the order of preference of "auto". The reference is never chosen by itself: it is there to be compared with.
 TABLE: dict[str, tuple[Implementation, ...]] = {
-    "softmax_attention": _backends("attention", "softmax_attention"),
-    "linear_attention": _backends("recurrence", "linear_attention"),
-    "delta_rule": _backends("delta", "delta_rule"),
-    "dplr": _backends("delta", "dplr"),
+    "softmax_attention": _backends("attention", "softmax_attention", native="softmax_attention"),
+    "linear_attention": _backends("recurrence", "linear_attention", native="linear_attention"),
+    "delta_rule": _backends("delta", "delta_rule", native="low_rank"),
+    "dplr": _backends("delta", "dplr", native="low_rank"),
     "linear_scan": _backends("scan", "linear_scan", native="linear_scan"),
     "selective_scan": _backends("scan", "selective_scan", native="selective_scan"),
     "causal_conv1d": _backends("scan", "causal_conv1d", native="causal_conv1d"),
     # The same over trees of tokens (`parents`), with `tree`, a Tree, for `cu_seqlens`.
-    "softmax_attention_tree": _backends("tree_attention", "softmax_attention_tree"),
-    "linear_attention_tree": _backends("tree_memory", "linear_attention_tree"),
-    "delta_rule_tree": _backends("tree_memory", "delta_rule_tree"),
-    "dplr_tree": _backends("tree_memory", "dplr_tree"),
-    "causal_conv1d_tree": _backends("scan", "causal_conv1d_tree"),
+    "softmax_attention_tree": _backends("tree_attention", "softmax_attention_tree", native="tree_softmax"),
+    "linear_attention_tree": _backends("tree_memory", "linear_attention_tree", native="tree_memory"),
+    "delta_rule_tree": _backends("tree_memory", "delta_rule_tree", native="tree_memory"),
+    "dplr_tree": _backends("tree_memory", "dplr_tree", native="tree_memory"),
+    "causal_conv1d_tree": _backends("scan", "causal_conv1d_tree", native="tree_convolution"),
 }
 
 # A plain variable: torch.compile cannot follow a ContextVar.
