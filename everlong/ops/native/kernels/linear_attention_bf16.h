@@ -17,10 +17,10 @@
 
 namespace linear_attention_bf16 {
 
-constexpr int64_t BLOCK = 32;        // rows and columns of a block of products
-constexpr int64_t CHUNK = 64;        // tokens
+constexpr int64_t BLOCK = 32;         // rows and columns of a block of products
+constexpr int64_t CHUNK = 64;         // tokens
 constexpr int64_t GROUP = 4 * CHUNK;  // tokens from one saved state to the next
-constexpr int64_t HEADS = 8;         // that take turns chunk by chunk, for the tokens' memory holds all heads side by side
+constexpr int64_t HEADS = 8;          // that take turns by chunks: tokens have their heads side by side in memory
 
 // Channels of a head as they are, and filled up to whole blocks.
 struct Channels {
@@ -59,8 +59,8 @@ INLINE Rows rows_of(const Tensor& x, Span at, int64_t head, Channels channels, b
   return {copy, channels.wide};
 }
 
-// Asks for the tokens of the next chunk while this one is computed, a few at a time: the processor itself sees no pattern
-// in rows that lie far apart, and a burst would fill its queue.
+// Asks for the tokens of the next chunk while this one is computed, a few at a time: the processor itself sees no
+// pattern in rows that lie far apart, and a burst would fill its queue.
 class Ahead {
   Rows rows[4];
   int64_t bytes[4];

@@ -1,6 +1,6 @@
 // Linear attention in bfloat16, backward: products of bfloat16 numbers, sums and states in float32.
 //
-// With P, D = scale * between and the chunk's first state S as in the forward pass, dS the gradient of the state after it:
+// With P, D = scale * between and the first state S as in the forward pass, dS the gradient of the chunk's last state:
 //
 //     P^T = (K Q^T) * D^T                     dP^T = (V dO^T) * D^T                       upper triangles
 //     dQ = [scale reach dO | dP] [S^T ; K]    dK = [store V | dP^T] [dS^T ; Q]    dV = [store K | P^T] [dS ; dO]
@@ -8,7 +8,7 @@
 //
 // A gate stands in every product of a later token i with an earlier one j, so with `a` for the part from the state
 //
-//     dg_t = sum over i >= t > j of P_ij dO_i.v_j  +  over i >= t of q_i.dQ_i(a)  +  over j < t of k_j.dK_j(a)  +  total S.dS
+//     dg_t = sum over i >= t > j of P_ij dO_i.v_j + over i >= t of q_i.dQ_i(a) + over j < t of k_j.dK_j(a) + total S.dS
 //
 // States are kept transposed here, for two of three products read them so. Those inside a group are made once more from
 // the one that was saved before it.
@@ -136,7 +136,8 @@ class Head {
       float passed = 1.0f;
       for (int64_t later = block + LANES; later < rows; later += LANES) {
         Vec receiver = since_first[later / LANES] * passed;
-        for (int64_t j = 0; j < LANES; j++) ::store(m.between + (block + j) * CHUNK + later, receiver * to_end[j * CHUNK]);
+        for (int64_t j = 0; j < LANES; j++)
+          ::store(m.between + (block + j) * CHUNK + later, receiver * to_end[j * CHUNK]);
         passed *= since_first[later / LANES][LANES - 1];
       }
       for (int64_t j = 0; j < LANES; j++) m.store[block + j] = to_end[j * CHUNK] * passed;
@@ -205,7 +206,8 @@ class Head {
         for (int odd = 0; odd < 2; odd++) {
           store_pairs(m.weights_transposed + (j + odd) * CHUNK + i, consecutive(p[odd][0], p[odd][1]));
           store_pairs(m.d_weights_transposed + (j + odd) * CHUNK + i, consecutive(d_p[odd][0], d_p[odd][1]));
-          store_pairs(m.d_weights_pairs + (j - row) / 2 * BLOCK + i - column + odd * LANES, pairs_of(d_p[0][odd], d_p[1][odd]));
+          Pair* pairs = m.d_weights_pairs + (j - row) / 2 * BLOCK + i - column;
+          store_pairs(pairs + odd * LANES, pairs_of(d_p[0][odd], d_p[1][odd]));
         }
       }
     transpose(m.d_weights + column * CHUNK + row, CHUNK, m.d_weights_pairs, BLOCK, BLOCK, BLOCK);
@@ -283,7 +285,7 @@ class Head {
       }
   }
 
-  // dS^T += dO^T (reach Q), the first factor of which take_end has made.
+  // dS^T += dO^T (reach Q); take_end has multiplied it by the total.
   void d_start(float* d_state) {
     unpair_rows(m.rows, CHUNK, m.columns_of_d_o, CHUNK, values.wide, at.rows());
     pair_scaled_rows(m.pairs, keys.wide, q.data, q.row, at.rows(), keys.wide, m.reach);
