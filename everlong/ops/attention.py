@@ -137,7 +137,7 @@ def softmax_attention(
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     if parents is not None:
         tree = uncompiled(_check_tree)(q, k, parents, causal, key_lengths, cu_seqlens)
-        over_tree = uncompiled(dispatch.choose("softmax_attention_tree", backend, q))
+        over_tree = uncompiled(dispatch.choose("softmax_attention_tree", backend, q, form))
         o, lse = over_tree(
             q,
             k,

@@ -113,7 +113,7 @@ def delta_rule(
     )
     scale = size**-0.5 if scale is None else scale
     if parents is not None:
-        over_tree = uncompiled(choose("delta_rule_tree", backend, v))
+        over_tree = uncompiled(choose("delta_rule_tree", backend, v, form))
         recorded: tuple[Tensor, MemoryRecords] = over_tree(
             q,
             k,
@@ -222,7 +222,7 @@ def dplr(
     )
     scale = size**-0.5 if scale is None else scale
     if parents is not None:
-        over_tree = uncompiled(choose("dplr_tree", backend, v))
+        over_tree = uncompiled(choose("dplr_tree", backend, v, form))
         recorded: tuple[Tensor, MemoryRecords] = over_tree(
             q,
             k,

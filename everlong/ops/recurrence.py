@@ -132,7 +132,7 @@ def linear_attention(
     if parents is not None:
         if not causal:
             raise ValueError("`parents` give an order of tokens: got causal=False; drop one of the two")
-        over_tree = uncompiled(choose("linear_attention_tree", backend, v))
+        over_tree = uncompiled(choose("linear_attention_tree", backend, v, form))
         recorded: tuple[Tensor, MemoryRecords] = over_tree(
             q,
             k,

@@ -11,6 +11,7 @@ Source    SPEC 10.5: Dao AI Lab 2026 (one state and the records of the last step
           arXiv 2305.09781 (trees of draft tokens)
 """
 
+import functools
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from everlong.ops.chunks import without_autocast
+from everlong.ops.dispatch import kernels_serve
 from everlong.ops.stepwise import spread
 
 Path = Int[Tensor, " P"] | Sequence[int]
@@ -33,7 +35,6 @@ class Tree:
     """Who descends from whom: L is the number of nodes on the longest path."""
 
     parents: Int[Tensor, " T"]
-    ancestors: Int[Tensor, "T L"]  # a node, its parent, and so on; -1 beyond the first node of the path
 
     @classmethod
     def of(cls, parents: Tensor, x: Tensor, cu_seqlens: Tensor | None = None) -> "Tree":
@@ -47,19 +48,21 @@ class Tree:
             raise ValueError("`parents` and `cu_seqlens` exclude each other: the rows of a batch share one tree")
         if parents.shape != (length,) or parents.dtype not in (torch.int32, torch.int64):
             raise ValueError(f"`parents` holds an integer a token, [{length}]: got {parents.dtype} {[*parents.shape]}")
-        levels = [0]  # the last one is that of node -1, the root
         for node, parent in enumerate(parents.tolist()):
             if not -1 <= parent < node:
                 raise ValueError(
                     f"`parents` come before their children, and -1 is the root: got parents[{node}] = {parent}"
                 )
-            levels.insert(node, levels[parent] + 1)
-        parents = parents.to(x.device, torch.long)
-        above = torch.cat([parents, parents.new_tensor([-1])])
-        columns = [torch.arange(length, device=x.device)]
-        for _ in range(1, max(levels)):
-            columns.append(above[columns[-1]])
-        return cls(parents, torch.stack(columns, 1))
+        return cls(parents.to(x.device, torch.long))
+
+    @functools.cached_property
+    def ancestors(self) -> Int[Tensor, "T L"]:
+        """A node, its parent, and so on; -1 beyond the first node of the path."""
+        above = torch.cat([self.parents, self.parents.new_tensor([-1])])
+        columns = [torch.arange(len(self.parents), device=above.device)]
+        while bool(((following := above[columns[-1]]) >= 0).any()):
+            columns.append(following)
+        return torch.stack(columns, 1)
 
     @property
     def depth(self) -> Int[Tensor, " T"]:
@@ -112,6 +115,8 @@ def commit(records: Records, path: Paths) -> Any:
     rows = records.rows()
     if len(rows) != len(path):
         raise ValueError(f"one `path` for all rows, or one for each of the {len(rows)}: got {len(path)} paths")
+    if isinstance(records, MemoryRecords) and records.fit_kernels():
+        return records.commit_chains([_chain(records.parents, own) for own in path])  # type: ignore[arg-type]
     states = [row.commit(own) for row, own in zip(rows, path, strict=True)]
     if isinstance(states[0], Tensor):
         return torch.cat(states)
@@ -134,6 +139,8 @@ class MemoryRecords(NamedTuple):
         nodes = _chain(self.parents, path)
         if len(nodes) == 0:
             return self.state
+        if self.fit_kernels():
+            return self.commit_chains([nodes])
         memory = with_total(self.state)
         heads, dtype = memory.shape[1], torch.promote_types(memory.dtype, self.sources[0][1].dtype)
         later = None
@@ -149,6 +156,21 @@ class MemoryRecords(NamedTuple):
                 k = k if later is None else k * later
                 memory = memory + torch.einsum("bphk,bphv->bhkv", k, values[:, nodes].to(dtype))
         return like_state(memory, self.state)
+
+    def fit_kernels(self) -> bool:
+        """Whether there is a kernel for `commit`: there is none for gradients."""
+        state = self.state if isinstance(self.state, tuple) else (self.state,)
+        decay = () if self.log_decay is None else (self.log_decay,)
+        tensors = [x for pair in self.sources for x in pair] + [*decay, *state]
+        if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
+            return False
+        return state[0].dtype == torch.float32 and kernels_serve(*tensors)
+
+    def commit_chains(self, chains: Sequence[Sequence[int]]) -> State:
+        """By the kernel: the state after one chain of nodes for all rows, or after one for each."""
+        from everlong.ops.native.tree_commit import commit_native
+
+        return commit_native(self, chains)
 
     def rows(self) -> "list[MemoryRecords]":
         """Views of the rows of the batch."""
@@ -196,7 +218,7 @@ class KeyRecords(NamedTuple):
 
     def commit(self, path: Path) -> Int[Tensor, " kept"]:
         """The indices of the keys to keep, in order: all of the prefix, and the path's."""
-        nodes = _chain(self.parents, path)
+        nodes = torch.tensor(_chain(self.parents, path), dtype=torch.long, device=self.parents.device)
         return torch.cat([torch.arange(self.prefix, device=nodes.device), self.prefix + nodes])
 
     def rows(self) -> "list[KeyRecords]":
@@ -217,7 +239,7 @@ def like_state(memory: Tensor, state: State) -> State:
     return memory.to(state.dtype)
 
 
-def _chain(parents: Tensor, path: Path) -> Tensor:
+def _chain(parents: Tensor, path: Path) -> list[int]:
     """The nodes of a path that begins at the root and follows the tree."""
     nodes = path.tolist() if isinstance(path, Tensor) else [*path]
     if isinstance(path, Tensor) and (path.dim() != 1 or (nodes and path.dtype not in (torch.int32, torch.int64))):
@@ -231,4 +253,4 @@ def _chain(parents: Tensor, path: Path) -> Tensor:
                 f"`path` leads from the root (-1) through the parent of each node: got {nodes}, where {before} comes "
                 f"before {node}, whose parent is {known[node]}"
             )
-    return torch.tensor(nodes, dtype=torch.long, device=parents.device)
+    return nodes

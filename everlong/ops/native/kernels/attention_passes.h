@@ -247,5 +247,8 @@ constexpr bool MULTIPLIES_BFLOAT16 = true;
 #else
 constexpr bool MULTIPLIES_BFLOAT16 = false;
 #endif
+// The forward pass of few queries, whose keys are worth being split.
+void decode(const Forward& f);
+
 void forward_in_bfloat16(const Forward& f);
 void backward_in_bfloat16(const Backward& b);

@@ -7,10 +7,10 @@ constexpr int FEW = 4;  // tokens that are taken one by one, the state read and 
 
 struct Forward {
   Inputs in;
-  Tensor state, total;            // [N, H, K, V] and [N, H, K], or none
-  Tensor o, last, last_total;     // [B, T, H, V], and the states after the last token
-  Tensor denominator;             // [B, T, H]: q^T z, with `normalize`; or none
-  Tensor starts, starts_total;    // [slots, H, K, V] and [slots, H, K]: the states before groups of tokens; or none
+  Tensor state, total;          // [N, H, K, V] and [N, H, K], or none
+  Tensor o, last, last_total;   // [B, T, H, V], and the states after the last token
+  Tensor denominator;           // [B, T, H]: q^T z, with `normalize`; or none
+  Tensor starts, starts_total;  // [slots, H, K, V] and [slots, H, K]: the states before groups of tokens; or none
 };
 
 // o = reading S + weights v; weights past the diagonal are not touched: what they would weigh may be infinite.
@@ -24,7 +24,7 @@ void read_state(float* o, const Block& b, const float* state) {
   });
 }
 
-// S <- total S + writing^T v; the block's own part is summed first, lest each small addition to a large state be rounded
+// S <- total S + writing^T v; the block's part is summed first, lest each small addition to a large state be rounded.
 void move_state(float* state, const Block& b, Ahead ahead) {
   for_tiles(b.keys, b.values, [&]<int ROWS, int WIDTH>(int64_t d, int64_t j) {
     ahead.next_row();
@@ -37,13 +37,15 @@ void move_state(float* state, const Block& b, Ahead ahead) {
 #pragma GCC unroll 16
       for (int n = 0; n < WIDTH; n++) {
         Vec before = load(at + i * b.values + n * LANES);
-        store(at + i * b.values + n * LANES, grown(before, tile.at[i][n], broadcast(b.keep[d + i]), broadcast(b.change[d + i])));
+        store(at + i * b.values + n * LANES,
+              grown(before, tile.at[i][n], broadcast(b.keep[d + i]), broadcast(b.change[d + i])));
       }
   });
 }
 
 // Divides by the column after the last, which goes to the denominators; 0 where that is 0.
-void normalize(float* o, const Block& b, const Forward& x, const Sequence& s, const Team& team, int64_t head, int64_t t) {
+void normalize(float* o, const Block& b, const Forward& x, const Sequence& s, const Team& team, int64_t head,
+               int64_t t) {
   for (int64_t i = 0; i < b.count; i++) {
     float* row = o + i * b.values;
     float by = row[team.columns], inverse = by == 0 ? 0 : 1 / by;
@@ -149,7 +151,7 @@ void step_state(const Steps& x, const Forward& forward, const Team& team, int64_
 void step_total(const Steps& x, const Forward& forward, const Team& team, const Sequence& s, int64_t head, float* z) {
   const Inputs& in = forward.in;
   std::fill(z, z + x.keys, 0.0f);
-  if (forward.total) read(z, forward.total, forward.total.offset(team.n, head), in.keys, 1);
+  if (forward.total) read(z, forward.total, forward.total.offset(team.n, head), in.keys, forward.total.stride[2]);
   for (int64_t t = 0; t < s.stop - s.start; t++) {
     float by = in.bonus ? x.own[t] : 0;
     for (int64_t d = 0; d < in.keys; d++) {
@@ -166,7 +168,8 @@ void step_total(const Steps& x, const Forward& forward, const Team& team, const 
 
 void in_steps(const Forward& x, const Team& team, const Sequence& s) {
   const Inputs& in = x.in;
-  int64_t count = s.stop - s.start, t = s.start, keys = round_up(in.keys, LANES), values = round_up(team.columns, LANES);
+  int64_t count = s.stop - s.start, t = s.start;
+  int64_t keys = round_up(in.keys, LANES), values = round_up(team.columns, LANES);
   constexpr int64_t WIDEST = 4 * LANES;
   Scratch scratch(4 * (FEW * (3 * keys + 2 * values) + 2 * keys + WIDEST) + 1024);
   Steps steps{in.keys, keys, values, {}, {}, {}, {}, {}, {}};

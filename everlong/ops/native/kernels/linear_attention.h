@@ -6,10 +6,10 @@
 //
 //     o_i = reading_i^T S + sum_{j<=i} weights_ij v_j                S <- total S + sum_j writing_j v_j^T
 //
-// where reading, weights, writing and total are q, q k^T, k and 1 under the decays that lie between. Those are products of
-// at most 16 factors, or the exponential of a sum; nothing is divided or subtracted, so -inf forgets exactly and a weak
-// decay after a strong one keeps its digits. A block of 16 costs the fewest FLOPs: 4 K V a token for the state, where the
-// pairs add 2 * 16 (K + V) at most. The normaliser is the memory of one more value, which is always 1.
+// where reading, weights, writing and total are q, q k^T, k and 1 under the decays that lie between. Those are products
+// of at most 16 factors, or the exponential of a sum; nothing is divided or subtracted, so -inf forgets exactly and a
+// weak decay after a strong one keeps its digits. A block of 16 costs the fewest FLOPs: 4 K V a token for the state,
+// where the pairs add 2 * 16 (K + V) at most. The normaliser is the memory of one more value, which is always 1.
 #pragma once
 #include "arguments.h"
 #include "parallel.h"
@@ -22,7 +22,7 @@ constexpr int VECTORS = BLOCK / LANES;  // of a row of the block's pairs
 constexpr int VISIT = 64;               // tokens of one head before the next head's turn: neighbours in memory
 constexpr int GROUP = 128;              // tokens from one saved state to the next
 constexpr int TEAM = 8;                 // heads that take turns: their states stay in the cache
-constexpr int64_t LARGE = 1 << 22;      // bytes of a result
+constexpr int64_t LARGE = 1 << 22;      // bytes of a result that the cache would not keep
 
 enum class Decay : int64_t { none, token, channel };
 
@@ -138,8 +138,8 @@ INLINE void add_triangle(Tile<ROWS, WIDTH>& tile, Matrix a, const float* b, int6
     }
 }
 
-// Asks for rows of tokens that come next, a few at a time between products: heads stand apart in memory, in strides that
-// the processor does not foresee.
+// Asks for rows of tokens that come next, a few at a time between products: heads stand apart in memory, in strides
+// that the processor does not foresee.
 class Ahead {
   struct Rows {
     const char* from;
@@ -253,9 +253,8 @@ struct Block {
         for (int64_t d = 0; d < keys; d += LANES) store(reading + i * keys + d, load(q + i * keys + d) * reach[i]);
     if (in.decay == Decay::channel)
       for (int64_t i = 0; i < BLOCK * keys; i += LANES) {
-        Vec own = load(q + i);
-        if (!in.bonus) store(asked + i, own = own * load(factor + i));
-        store(reading + i, own * load(reach + i));
+        if (!in.bonus) store(asked + i, load(q + i) * load(factor + i));
+        store(reading + i, load(asked + i) * load(reach + i));
       }
   }
 
@@ -320,28 +319,29 @@ struct Block {
 
   // weights_ij = q_i^T k_j prod_{j<s<=i} e^{g_s}, up to s < i with a bonus
   void weigh_tokens() {
-    for_tall_tiles(BLOCK, [&]<int ROWS, int WIDTH>(int64_t i) {
+    bool decays = in.decay == Decay::token, early = bool(in.bonus);
+    Vec decay[VECTORS];
+    for (int n = 0; n < VECTORS; n++) decay[n] = broadcast(1);
+    for_tall_tiles(BLOCK, [&]<int ROWS, int WIDTH>(int64_t first) {
       Tile<ROWS, WIDTH> tile;
       tile.clear();
-      tile.add_product({q + i * keys, keys, 1}, k_across, BLOCK, keys);
-      tile.store(weights + i * BLOCK, BLOCK);
-    });
-    for (int j = 0; j < BLOCK; j += LANES) {
-      Ints source = lane_numbers() + j;
-      Vec decay = broadcast(1);
-      for (int i = 0; i < BLOCK; i++) {
-        float* at = weights + i * BLOCK + j;
-        Vec weight = load(at);
-        if (in.decay == Decay::token) {
-          Vec later = select(source < i, decay * factor[i], decay);
-          if (!in.bonus) decay = later;
-          weight *= decay;
-          store(between + i * BLOCK + j, decay);
-          decay = later;
+      tile.add_product({q + first * keys, keys, 1}, k_across, BLOCK, keys);
+#pragma GCC unroll 16
+      for (int r = 0; r < ROWS; r++)
+#pragma GCC unroll 4
+        for (int n = 0; n < WIDTH; n++) {
+          int i = int(first) + r;
+          Ints source = lane_numbers() + n * LANES;
+          Vec weight = tile.at[r][n];
+          if (decays) {
+            Vec later = select(source < i, decay[n] * factor[i], decay[n]), now = early ? decay[n] : later;
+            weight *= now;
+            store(between + i * BLOCK + n * LANES, now);
+            decay[n] = later;
+          }
+          store(weights + i * BLOCK + n * LANES, select(source <= i, weight, zeros()));
         }
-        store(at, select(source <= i, weight, zeros()));
-      }
-    }
+    });
   }
 
   // weights_ij = sum_d asked_id k_jd prod_{j<s<i} e^{g_sd}: the keys of all tokens decay while i moves on
@@ -363,8 +363,8 @@ struct Block {
 };
 
 // A head's state in scratch [keys, values], the sum of keys in the column after the last, and its places outside.
-INLINE void load_state(float* to, const Block& block, const Tensor& state, const Tensor& total, const Team& team, int64_t n,
-                int64_t head) {
+INLINE void load_state(float* to, const Block& block, const Tensor& state, const Tensor& total, const Team& team,
+                       int64_t n, int64_t head) {
   const Inputs& in = block.in;
   std::fill(to, to + block.keys * block.values, 0.0f);
   for (int64_t d = 0; d < in.keys; d++) {
@@ -373,8 +373,8 @@ INLINE void load_state(float* to, const Block& block, const Tensor& state, const
     if (in.normalize && total) row[team.columns] = *total.at<float>(n, head, d);
   }
 }
-INLINE void store_state(const Tensor& state, const Tensor& total, const float* from, const Block& block, const Team& team,
-                 int64_t n, int64_t head) {
+INLINE void store_state(const Tensor& state, const Tensor& total, const float* from, const Block& block,
+                        const Team& team, int64_t n, int64_t head) {
   const Inputs& in = block.in;
   for (int64_t d = 0; d < in.keys; d++) {
     const float* row = from + d * block.values;

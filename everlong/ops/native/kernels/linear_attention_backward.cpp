@@ -7,22 +7,22 @@
 //     d_total = S dS                               dS <- total dS + sum_i reading_i d_o_i^T
 //
 // The gradient of a log-decay g_s is the sum of all products that e^{g_s} is a factor of: added up as they stand, since
-// the shorter q d_q - k d_k loses the digits of strong decays. States are computed again from those saved by the forward
-// pass, a group of tokens at a time.
+// the shorter q d_q - k d_k loses the digits of strong decays. States are computed again from those saved by the
+// forward pass, a group of tokens at a time.
 #include "linear_attention.h"
 
 namespace {
 
 struct Backward {
   Inputs in;
-  Tensor o, denominator;                   // with `normalize`
-  Tensor starts, starts_total;             // [slots, H, K, V] and [slots, H, K]
-  Tensor d_o, d_last, d_last_total;        // the last two may be none
-  Tensor d_q, d_k, d_v;                    // for each head of v: [B, T, H, K] twice, [B, T, H, V]
-  Tensor d_log_decay;                      // as log_decay; or [slots, H], to be summed, where it is a head's
-  Tensor d_bonus;                          // [slots, H, K], to be summed
-  Tensor d_state, d_total;                 // of the initial states
-  Tensor ends;                             // [slots, H, values, K]: room for gradients of states after groups, or none
+  Tensor o, denominator;             // with `normalize`
+  Tensor starts, starts_total;       // [slots, H, K, V] and [slots, H, K]
+  Tensor d_o, d_last, d_last_total;  // the last two may be none
+  Tensor d_q, d_k, d_v;              // for each head of v: [B, T, H, K] twice, [B, T, H, V]
+  Tensor d_log_decay;                // as log_decay; or [slots, H], to be summed, where it is a head's
+  Tensor d_bonus;                    // [slots, H, K], to be summed
+  Tensor d_state, d_total;           // of the initial states
+  Tensor ends;                       // [slots, H, values, K]: room for gradients of states after groups, or none
   int64_t decay_of_head;
 };
 
@@ -109,22 +109,24 @@ void store_across(const Tensor& state, const Tensor& total, const float* from, f
 template <Decay DECAY>
 void weights_backward(const Gradients& g) {
   const Block& b = g.b;
+  bool apart = DECAY == Decay::channel || b.in.bonus;  // the diagonal is another product
   transpose(g.v_across, BLOCK, b.v, b.values, BLOCK, b.values);
-  for_tall_tiles(BLOCK, [&]<int ROWS, int WIDTH>(int64_t i) {
+  for_tall_tiles(BLOCK, [&]<int ROWS, int WIDTH>(int64_t first) {
     Tile<ROWS, WIDTH> tile;
     tile.clear();
-    tile.add_product({g.d_o + i * b.values, b.values, 1}, g.v_across, BLOCK, b.values);
-    tile.store(g.d_weights + i * BLOCK, BLOCK);
+    tile.add_product({g.d_o + first * b.values, b.values, 1}, g.v_across, BLOCK, b.values);
+    tile.store(g.d_weights + first * BLOCK, BLOCK);
+#pragma GCC unroll 16
+    for (int r = 0; r < ROWS; r++)
+#pragma GCC unroll 4
+      for (int n = 0; n < WIDTH; n++) {
+        int i = int(first) + r;
+        Ints source = lane_numbers() + n * LANES;
+        Vec gradient = tile.at[r][n];
+        if (DECAY == Decay::token) gradient *= load(b.between + i * BLOCK + n * LANES);
+        store(g.d_products + i * BLOCK + n * LANES, select(source <= (apart ? i - 1 : i), gradient, zeros()));
+      }
   });
-  bool apart = DECAY == Decay::channel || b.in.bonus;  // the diagonal is another product
-  for (int j = 0; j < BLOCK; j += LANES) {
-    Ints source = lane_numbers() + j;
-    for (int i = 0; i < BLOCK; i++) {
-      Vec gradient = load(g.d_weights + i * BLOCK + j);
-      if (DECAY == Decay::token) gradient *= load(b.between + i * BLOCK + j);
-      store(g.d_products + i * BLOCK + j, select(source <= (apart ? i - 1 : i), gradient, zeros()));
-    }
-  }
 }
 
 // d_q, d_k and d_v but for what depends on decays of channels inside the block; with decays of tokens also the sums
@@ -218,7 +220,8 @@ void decays_of_tokens_backward(const Gradients& g, const float* reads, const flo
   }
 }
 
-// The same for LANES channels, and the rest of d_q and d_k: three sums over pairs of tokens, whose decays come one by one.
+// The same for LANES channels, and the rest of d_q and d_k: three sums over pairs of tokens, whose decays come one by
+// one.
 void channels_backward(const Gradients& g, Vec total, int64_t d) {
   const Block& b = g.b;
   int64_t keys = b.keys;
@@ -354,8 +357,10 @@ int64_t last_group(const Sequence& s) { return s.start + (s.stop - s.start - 1) 
 
 // The direct way: each thread has whole heads.
 void heads_backward(const Backward& x, const Team& team, const Sequence& s) {
-  int64_t keys = round_up(x.in.keys, BLOCK), values = round_up(team.columns + x.in.normalize, BLOCK), size = keys * values;
-  Scratch scratch(Block::bytes(keys, values) + Gradients::bytes(keys, values) + 4 * size * (GROUP / BLOCK + 1 + team.heads));
+  int64_t keys = round_up(x.in.keys, BLOCK), values = round_up(team.columns + x.in.normalize, BLOCK),
+          size = keys * values;
+  Scratch scratch(Block::bytes(keys, values) + Gradients::bytes(keys, values) +
+                  4 * size * (GROUP / BLOCK + 1 + team.heads));
   Block block(x.in, team.columns, scratch);
   Gradients gradients(x, block, scratch);
   float *states = scratch.take(size * (GROUP / BLOCK + 1)), *d_states = scratch.take(size * team.heads);
@@ -373,7 +378,8 @@ void heads_backward(const Backward& x, const Team& team, const Sequence& s) {
 
 // Where there are fewer heads than threads: first only the gradients of states at the ends of groups, by columns, ...
 void ends_backward(const Backward& x, const Team& team, const Sequence& s) {
-  int64_t keys = round_up(x.in.keys, BLOCK), values = round_up(team.columns + x.in.normalize, BLOCK), size = keys * values;
+  int64_t keys = round_up(x.in.keys, BLOCK), values = round_up(team.columns + x.in.normalize, BLOCK),
+          size = keys * values;
   int64_t whole = round_up(x.in.values + 1, BLOCK);
   Scratch scratch(Block::bytes(keys, values) + Gradients::bytes(keys, whole) + 4 * size * 2);
   Block block(x.in, team.columns, scratch);
@@ -416,7 +422,8 @@ void groups_backward(const Backward& x) {
       std::fill(d_state, d_state + size, 0.0f);
       for (int64_t j = 0; j < in.values + in.normalize; j++)
         read(d_state + j * keys, x.ends, x.ends.offset(in.slot(n, s, start), head, j), in.keys, 1);
-      group_backward(gradients, Team{n, head, 1, 0, in.values}, s, head, start, states, d_state, head, std::min(start + GROUP, s.stop - 1));
+      group_backward(gradients, Team{n, head, 1, 0, in.values}, s, head, start, states, d_state, head,
+                     std::min(start + GROUP, s.stop - 1));
     }
     end_streams();
   });

@@ -44,7 +44,11 @@ INLINE void store(float* to, Vec x) { std::memcpy(to, &x, sizeof x); }
 INLINE Vec load(const bfloat16* from) {
   Halves x;
   std::memcpy(&x, from, sizeof x);
+#if defined(__AVX512F__)
+  return (Vec)((Words)_mm512_cvtepu16_epi32((__m256i)x) << 16);  // GCC 12 makes two halves of __builtin_convertvector
+#else
   return (Vec)(__builtin_convertvector(x, Words) << 16);
+#endif
 }
 // Rounds to the nearest, ties to even; NaN stays NaN.
 INLINE Halves rounded(Vec x) {

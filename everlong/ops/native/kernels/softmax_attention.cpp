@@ -11,6 +11,8 @@
 
 namespace {
 
+constexpr int64_t FEW = 16;  // queries of a head of keys for which a block of QUERIES would be mostly empty
+
 enum class Weights { left, right };
 
 // tile += A B where the weights are A or B. Unless all is seen, a weight of 0 takes nothing, not even of an infinite
@@ -223,7 +225,10 @@ struct InFloat32::Gradients {
 }  // namespace
 
 KERNEL(softmax_attention_forward, Forward) {
-  if (MULTIPLIES_BFLOAT16 && arguments.attention.q.type == Type::bfloat16) {
+  const Attention& x = arguments.attention;
+  if (x.length * x.shared() <= FEW && !x.cu_seqlens) {
+    decode(arguments);
+  } else if (MULTIPLIES_BFLOAT16 && x.q.type == Type::bfloat16) {
     forward_in_bfloat16(arguments);
   } else {
     forward<InFloat32>(arguments);
