@@ -14,6 +14,8 @@
 
 #include <algorithm>
 
+namespace low_rank {
+
 // `LATE` receivers of the second kind read before the decay of their token, others after it.
 template <int SOURCES_, bool LATE_>
 struct Rule {
@@ -156,3 +158,5 @@ INLINE float dot(const float* a, const float* b, int64_t count) {
   for (int64_t i = 0; i < count; i += LANES) total += load(a + i) * load(b + i);
   return sum(total);
 }
+
+}  // namespace low_rank

@@ -9,6 +9,8 @@
 #pragma once
 #include "blocks.h"
 
+namespace low_rank {
+
 // One decay a token, or none. Without a decay late receivers are like the others; with one there is no rule that has both.
 struct TokenDecay {
   static constexpr int SIZE = 32, VECTORS = SIZE / LANES;
@@ -261,3 +263,5 @@ struct ChannelDecay {
     }
   }
 };
+
+}  // namespace low_rank

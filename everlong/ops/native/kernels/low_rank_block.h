@@ -15,6 +15,8 @@
 #include "blocks.h"
 #include "meanwhile.h"
 
+namespace low_rank {
+
 // u, four tokens after four: what earlier ones wrote is a product, and among the four each uses those before it.
 template <class RULE, class DECAY>
 void solve(Block<RULE, DECAY>& x, Meanwhile& meanwhile) {
@@ -190,3 +192,5 @@ void advance_backward(const Block<RULE, DECAY>& x, Workspace<RULE, DECAY>& w, Me
     tile.store(at, x.values);
   });
 }
+
+}  // namespace low_rank

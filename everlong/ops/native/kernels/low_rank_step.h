@@ -5,6 +5,8 @@
 #pragma once
 #include "low_rank_inputs.h"
 
+namespace low_rank {
+
 constexpr int64_t STEPS = 4;  // sequences of up to so many tokens are not worth a block
 
 // One token of one head, channels padded by zeros; the receivers are those that read the state before the token.
@@ -139,3 +141,5 @@ struct FewTokens {
     for (int64_t d = 0; d < keys; d += LANES) store(token.total + d, exp(load(token.total + d)));
   }
 };
+
+}  // namespace low_rank
