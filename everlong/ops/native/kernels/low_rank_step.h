@@ -67,7 +67,7 @@ template <class RULE>
 void step(const Token<RULE>& x, const float* state, int64_t row, float* after, int64_t after_row, int64_t keys,
           int64_t values) {
   float weights[RULE::SOURCES];
-  for (int s = 0; s < RULE::SOURCES; s++) weights[s] = dot(x.q, x.source[s], round_up(keys, LINE));
+  for (int s = 0; s < RULE::SOURCES; s++) weights[s] = sum(dots(x.q, x.source[s], round_up(keys, LINE)));
   int64_t c = 0;
   for (; c + 4 * LANES <= values; c += 4 * LANES)
     step_columns<4>(x, state, row, after, after_row, keys, weights, c, LANES);
