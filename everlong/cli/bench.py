@@ -28,7 +28,8 @@ class Arguments:
     """What `mixers` are trained on, byte by byte: a file, or anything else that `everlong prepare` takes; by default
     python-stdlib."""
     store: bool = False
-    """Write the result under benchmarks/results/ of the current folder; with --only, into what is there."""
+    """Write the result, and its picture if it has one, under benchmarks/results/ of the current folder; with --only,
+    into what is there."""
 
 
 def run(arguments: Arguments) -> dict[str, object]:
@@ -49,6 +50,9 @@ def run(arguments: Arguments) -> dict[str, object]:
         [(row.measure, row.value, row.target or "", marks[row.met], row.peer or "") for row in rows],
     )
     if arguments.store:
-        part = arguments.only is not None
-        print(f"stored in {result.store(arguments.suite, rows, Path('benchmarks/results'), part=part)}")
+        path = result.store(arguments.suite, rows, Path("benchmarks/results"), part=arguments.only is not None)
+        print(f"stored in {path}")
+        picture = getattr(module, "picture", None)  # of a suite that can be drawn
+        if picture is not None and (drawn := result.draw(path, picture)) is not None:
+            print(f"drawn in {drawn}")
     return {"machine": result.machine(), "rows": [row.as_dict() for row in rows]}

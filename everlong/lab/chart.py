@@ -8,13 +8,22 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from html import escape
 from statistics import fmean
+from typing import Literal
 
 Point = tuple[float, float]
 
 WIDTH, HEIGHT = 920, 380
 LEFT, TOP, BOTTOM = 52, 78, 52  # of a panel's plot: room for the ticks, the titles and the label below
 LETTER = 6.6  # pixels, about
-COLORS = ("#3b82f6", "#ea580c", "#16a34a", "#a855f7", "#0891b2", "#dc2626")  # each readable on white and on black
+COLORS = (
+    "#3b82f6",
+    "#ea580c",
+    "#16a34a",
+    "#a855f7",
+    "#0891b2",
+    "#dc2626",
+    "#a16207",
+)  # each readable on white and on black
 STYLE = """<style>
 .card { fill: #ffffff; stroke: #d0d7de } .grid { stroke: #e5e7eb } .ink { fill: #1f2328 } .dim { fill: #6e7781 }
 @media (prefers-color-scheme: dark) {
@@ -31,11 +40,41 @@ class Panel:
     lines: Mapping[str, Sequence[Point]]
     faint: Mapping[str, Sequence[Point]] = field(default_factory=dict)  # drawn behind the lines, in their colours
     levels: Mapping[str, float] = field(default_factory=dict)  # horizontal and dashed
+    scale: Literal["linear", "log"] = "linear"  # of both axes; "log" leaves out what is not above 0
 
     @property
     def right(self) -> float:
         """Room for the labels."""
         return 20 + LETTER * max(len(name) for name in (*self.lines, *self.faint, *self.levels))
+
+
+@dataclass(frozen=True)
+class Axis:
+    """What an axis reaches from and to, and where it is labelled."""
+
+    low: float
+    high: float
+    ticks: Sequence[float]
+    scale: Literal["linear", "log"] = "linear"
+
+    def along(self, value: float) -> float:
+        """Where a value stands: 0 at `low`, 1 at `high`."""
+        if self.scale == "log":
+            return math.log(value / self.low) / math.log(self.high / self.low)
+        return (value - self.low) / (self.high - self.low)
+
+
+def axes(points: Sequence[Point], levels: Sequence[float], scale: Literal["linear", "log"]) -> tuple[Axis, Axis]:
+    """Of a panel: time, or what x is, ends where the lines do; a value's axis ends at a round number."""
+    xs, ys = [x for x, _ in points], [y for _, y in points] + list(levels)
+    first, last = min(xs), max(xs)
+    if scale == "log":
+        labels, values = decades(first, last), decades(min(ys), max(ys))
+        across = Axis(first, last if last > first else labels[-1], [t for t in labels if first <= t <= last], scale)
+        return across, Axis(values[0], values[-1], values, scale)
+    labels, values = ticks(first, last, 5), ticks(min(ys), max(ys))
+    end = last if last > first else labels[-1]
+    return Axis(labels[0], end, [t for t in labels if t <= end]), Axis(values[0], values[-1], values)
 
 
 def chart(title: str, panels: Sequence[Panel], *, x_label: str) -> str:
@@ -60,37 +99,34 @@ def chart(title: str, panels: Sequence[Panel], *, x_label: str) -> str:
 
 def _drawn(panel: Panel, left: float, right: float, x_label: str) -> list[str]:
     """A panel between two edges of its plot."""
-    lines, faint = ({n: finite(line) for n, line in group.items()} for group in (panel.lines, panel.faint))
+    lines, faint = (
+        {name: drawable(line, panel.scale) for name, line in group.items()} for group in (panel.lines, panel.faint)
+    )
     points = [point for line in (*lines.values(), *faint.values()) for point in line]
     if not points:
         raise ValueError("a chart needs at least one finite point in each panel")
-    ys = [y for _, y in points] + list(panel.levels.values())
-    first, last = min(x for x, _ in points), max(x for x, _ in points)
-    x_ticks, y_ticks = ticks(first, last, 5), ticks(min(ys), max(ys))
-    # Time ends where the lines do; a value's axis ends at a round number.
-    width = (last if last > first else x_ticks[-1]) - x_ticks[0]
-    x_ticks = [tick for tick in x_ticks if tick <= x_ticks[0] + width]
+    across, upwards = axes(points, list(panel.levels.values()), panel.scale)
 
-    def place(x: float, y: float) -> Point:
-        along = (x - x_ticks[0]) / width
-        up = (y - y_ticks[0]) / (y_ticks[-1] - y_ticks[0])
-        return left + along * (right - left), HEIGHT - BOTTOM - up * (HEIGHT - TOP - BOTTOM)
+    def column(x: float) -> float:
+        return left + across.along(x) * (right - left)
+
+    def row(y: float) -> float:
+        return HEIGHT - BOTTOM - upwards.along(y) * (HEIGHT - TOP - BOTTOM)
 
     parts = [_text(left - 32, TOP - 18, panel.title), _text((left + right) / 2, HEIGHT - 14, x_label, anchor="middle")]
-    for tick in y_ticks:
-        _, y = place(0, tick)
-        parts.append(f'<path d="M{left:.1f} {y:.1f}H{right:.1f}" class="grid"/>')
-        parts.append(_text(left - 8, y + 4, f"{tick:g}", anchor="end", look="dim"))
-    parts += [_text(place(t, 0)[0], HEIGHT - BOTTOM + 18, f"{t:g}", anchor="middle", look="dim") for t in x_ticks]
+    for tick in upwards.ticks:
+        parts.append(f'<path d="M{left:.1f} {row(tick):.1f}H{right:.1f}" class="grid"/>')
+        parts.append(_text(left - 8, row(tick) + 4, f"{tick:g}", anchor="end", look="dim"))
+    parts += [_text(column(t), HEIGHT - BOTTOM + 18, f"{t:g}", anchor="middle", look="dim") for t in across.ticks]
     labels = []
     for group, stroke in ((faint, 'stroke-width="1" stroke-opacity="0.35"'), (lines, 'stroke-width="2"')):
         for (name, line), color in zip(group.items(), COLORS, strict=False):
-            path = " ".join(f"{x:.1f},{y:.1f}" for x, y in (place(*point) for point in line))
+            path = " ".join(f"{column(x):.1f},{row(y):.1f}" for x, y in line)
             parts.append(f'<polyline points="{path}" fill="none" stroke="{color}" {stroke}/>')
             if group is lines or name not in lines:  # what is drawn behind its own line needs no second label
-                labels.append((place(*line[-1])[1], name, color if group is lines else ""))
+                labels.append((row(line[-1][1]), name, color if group is lines else ""))
     for (name, level), color in zip(panel.levels.items(), COLORS[len(lines) :], strict=False):
-        _, y = place(0, level)
+        y = row(level)
         parts.append(
             f'<path d="M{left:.1f} {y:.1f}H{right:.1f}" stroke="{color}" stroke-width="1.5" stroke-dasharray="6 4"/>'
         )
@@ -102,6 +138,11 @@ def _drawn(panel: Panel, left: float, right: float, x_label: str) -> list[str]:
 def finite(line: Sequence[Point]) -> list[Point]:
     """The points of a line that can be drawn."""
     return [(x, y) for x, y in line if math.isfinite(x) and math.isfinite(y)]
+
+
+def drawable(line: Sequence[Point], scale: Literal["linear", "log"]) -> list[Point]:
+    """The points of a line that have a place on axes of this scale."""
+    return [(x, y) for x, y in finite(line) if scale == "linear" or (x > 0 and y > 0)]
 
 
 def smoothed(line: Sequence[Point], share: float = 0.03) -> list[Point]:
@@ -121,6 +162,18 @@ def ticks(low: float, high: float, count: int = 6) -> list[float]:
     first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
     last = max(last, first + 1)
     return [round(i * step, 12) for i in range(first, last + 1)]
+
+
+def decades(low: float, high: float) -> list[float]:
+    """Powers of ten and, where they are few, 2 and 5 times those, from at most `low` to at least `high`, above 0."""
+    powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    for steps in ((1,), (1, 2, 5)):
+        fine = [float(f"{step}e{power}") for power in powers for step in steps]
+        first = max((i for i, tick in enumerate(fine) if tick <= low * (1 + 1e-9)), default=0)
+        last = min((i for i, tick in enumerate(fine) if tick >= high * (1 - 1e-9)), default=len(fine) - 1)
+        if last - first >= 3:
+            break
+    return fine[first : max(last, first + 1) + 1]
 
 
 def apart(

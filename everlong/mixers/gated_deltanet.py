@@ -25,6 +25,7 @@ from torch.nn import functional as F
 
 from everlong.config import config, divisible
 from everlong.mixers.base import Context, Cost, HeadOptions, Mixer, Traits, unpadded
+from everlong.nn.fused import swiglu
 from everlong.nn.layers import HeadNorm, LowRank, ShortConvolution, exact, initial_steps, unit_heads
 from everlong.ops import delta_rule
 
@@ -133,7 +134,7 @@ class GatedDeltaNet(Mixer):
             cu_seqlens=context.cu_seqlens,
             form=context.form,
         )
-        y = self.o(self.norm(o).flatten(-2) * self.opened(x))
+        y = self.o(self.opened(x, self.norm(o).flatten(-2)))
         return y, State(memory, last_q, last_k, last_v)
 
     def log_decay(self, x: Float[Tensor, "*B D"]) -> Float[Tensor, "*B H"] | Float[Tensor, "*B H K"]:
@@ -143,10 +144,10 @@ class GatedDeltaNet(Mixer):
             return -self.log_rate.exp() * step
         return -self.log_rate.exp()[:, None] * step.view(*step.shape[:-1], self.config.heads, self.config.head_keys)
 
-    def opened(self, x: Float[Tensor, "*B D"]) -> Float[Tensor, "*B HV"]:
-        """The gate of the output."""
+    def opened(self, x: Float[Tensor, "*B D"], o: Float[Tensor, "*B HV"]) -> Float[Tensor, "*B HV"]:
+        """What the gate leaves of the output."""
         gate: Tensor = self.gate(x)
-        return F.silu(gate) if self.config.decay == "head" else torch.sigmoid(gate)
+        return swiglu(gate, o) if self.config.decay == "head" else o * torch.sigmoid(gate)
 
     @classmethod
     def cost(cls, config: Options, length: int) -> Cost:
@@ -179,5 +180,5 @@ class GatedDeltaNet(Mixer):
             memory = memory + k_t[:, :, None] * (beta[:, None] * (v[t] - found))[:, None]
             o = (memory * q_t[:, :, None]).sum(1) * c.head_keys**-0.5
             o = self.norm.reference(o)
-            outputs.append(self.o(o.flatten() * self.opened(x_t)))
+            outputs.append(self.o(self.opened(x_t, o.flatten())))
         return torch.stack(outputs)

@@ -21,6 +21,7 @@ from torch.nn import functional as F
 
 from everlong.config import config
 from everlong.mixers.base import Context, Cost, HeadOptions, Mixer, Traits, unpadded
+from everlong.nn.fused import swiglu
 from everlong.nn.layers import HeadNorm, LowRank, ShortConvolution, Unfiltered, exact
 from everlong.ops import linear_attention
 
@@ -119,7 +120,7 @@ class GLA(Mixer):
             form=context.form,
         )
         assert isinstance(memory, Tensor)  # a pair comes with `normalize` only
-        return self.o((self.norm(o) * F.silu(gate)).flatten(-2)), State(memory, last_q, last_k, last_v)
+        return self.o(swiglu(gate, self.norm(o)).flatten(-2)), State(memory, last_q, last_k, last_v)
 
     @classmethod
     def cost(cls, config: Options, length: int) -> Cost:

@@ -20,6 +20,7 @@ from torch.nn import functional as F
 
 from everlong.config import config, divisible
 from everlong.mixers.base import Context, Cost, Mixer, Traits, default_heads, unpadded
+from everlong.nn.fused import swiglu
 from everlong.nn.layers import HeadNorm, ShortConvolution, exact, initial_steps
 from everlong.ops import linear_attention
 
@@ -121,8 +122,9 @@ class Mamba2(Mixer):
             form=context.form,
         )
         assert isinstance(memory, Tensor)  # a pair comes with `normalize` only
-        o = (o + self.skip[:, None].to(v.dtype) * v).flatten(-2) * F.silu(self.gate(x))
-        y = self.o(self.norm(o.unflatten(-1, (c.num_groups, -1))).flatten(-2))
+        o = o + self.skip[:, None].to(v.dtype) * v
+        gated = swiglu(self.gate(x), o.flatten(-2))
+        y = self.o(self.norm(gated.view(*x.shape[:2], c.num_groups, -1)).flatten(-2))
         return y, State(memory, last_q, last_k, last_v)
 
     @classmethod

@@ -22,7 +22,7 @@ from torch.nn import functional as F
 
 from everlong.config import config
 from everlong.mixers.base import Context, Cost, HeadOptions, Mixer, Traits, unpadded
-from everlong.nn.fused import turn
+from everlong.nn.fused import swiglu, turn
 from everlong.nn.layers import HeadNorm
 from everlong.nn.positions.rotary import halves, waves
 from everlong.ops import linear_attention
@@ -99,7 +99,7 @@ class RetNet(Mixer):
             form=context.form,
         )
         assert isinstance(memory, Tensor)  # a pair comes with `normalize` only
-        y = self.o((self.norm(o) * F.silu(gate)).flatten(-2))
+        y = self.o(swiglu(gate, self.norm(o)).flatten(-2))
         return y, State(memory, state.length + context.lengths(x))
 
     def log_decay(self, like: Tensor) -> Float[Tensor, " H"]:

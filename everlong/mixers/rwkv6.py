@@ -27,6 +27,7 @@ from torch.nn import functional as F
 
 from everlong.config import config
 from everlong.mixers.base import Context, Cost, HeadOptions, Mixer, Traits, unpadded
+from everlong.nn.fused import swiglu
 from everlong.nn.layers import exact
 from everlong.nn.rwkv import ChannelMix, GroupNorm, LowRank, blended, depth_ratios, line, orthogonal, ramp, shifted
 from everlong.ops import linear_attention
@@ -140,7 +141,7 @@ class RWKV6(Mixer):
             form=context.form,
         )
         assert isinstance(memory, Tensor)  # a pair comes with `normalize` only
-        y = self.o(self.group_norm(o).flatten(-2) * F.silu(self.gate(to_gate)))
+        y = self.o(swiglu(self.gate(to_gate), self.group_norm(o).flatten(-2)))
         mixed = stream + y
         z, feed_forward = self.feed_forward(mixed, state.feed_forward, context.cu_seqlens)
         return (y + z if stream is x else mixed + z - x), State(memory, last, feed_forward)

@@ -152,7 +152,7 @@ def softmax_attention(
             form=form,
         )
         return (o, lse) if return_lse else o
-    compute = dispatch.choose("softmax_attention", backend, q)
+    compute = dispatch.choose("softmax_attention", backend, q, form=form)
     o, lse = compute(
         q,
         k,
@@ -244,7 +244,7 @@ def softmax_attention_torch(
 ) -> Result:
     """Attention out of torch's own operators. [o, lse]; lse may be None where it was not asked for."""
     dtype = v.dtype
-    q, k, v = _in_one_dtype(q, k, v)
+    q, k, v = in_one_dtype(q, k, v)
     reach = UNBOUNDED if window is None else min(window - 1, UNBOUNDED)
     scoring = Scoring(
         scale,
@@ -342,7 +342,7 @@ def _together(parts: list[Scoring]) -> Scoring:
     )
 
 
-def _in_one_dtype(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def in_one_dtype(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """All three in the dtype that torch's own attention would take: autocast's, and without it the widest."""
     device, dtype = q.device.type, torch.promote_types(torch.promote_types(q.dtype, k.dtype), v.dtype)
     if dtype != torch.float64 and torch.is_autocast_enabled(device):

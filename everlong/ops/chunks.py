@@ -111,7 +111,7 @@ def _plan_packed(length: int, cu_seqlens: Tensor, size: int) -> Layout:
     bounds = cu_seqlens.long()
     lengths = bounds.diff()
     if bounds[0] != 0 or bounds[-1] != length or bool((lengths < 0).any()):
-        raise ValueError(f"`cu_seqlens` must rise from 0 to the length {length}: got {bounds.tolist()}")
+        raise ValueError(f"`cu_seqlens` must rise from 0 to T = {length}: got {bounds.tolist()}")
     counts, order = ((lengths + size - 1) // size).sort(descending=True, stable=True)
     # A chunk is known by its sequence's rank and its own number in the sequence; sorted by number, then by rank.
     rank = torch.repeat_interleave(counts)

@@ -90,7 +90,7 @@ def delta_rule(
         parents: the tokens are the nodes of a tree, see `ops.commit`: each sees its ancestors, itself and the initial
             state. The parent of each, before it, or -1; all rows share the tree.
         form: "parallel" (T x T weights), "chunk", "recurrent", or "auto".
-        backend: "reference", "torch", or "auto".
+        backend: "reference", "torch", "native", or "auto".
 
     Returns:
         o in the dtype of `v`, and the state, float32 (float64 for float64 inputs); with `parents` the
@@ -126,7 +126,7 @@ def delta_rule(
             form=form,
         )
         return recorded
-    run = choose("delta_rule", backend, v)
+    run = choose("delta_rule", backend, v, form=form)
     result: tuple[Tensor, Tensor] = run(
         q,
         k,
@@ -236,7 +236,7 @@ def dplr(
             form=form,
         )
         return recorded
-    run = choose("dplr", backend, v)
+    run = choose("dplr", backend, v, form=form)
     result: tuple[Tensor, Tensor] = run(
         q,
         k,

@@ -65,13 +65,13 @@ def _backends(module: str, name: str, *, native: str | None = None) -> tuple[Imp
 
 # In the order of preference of "auto". The reference is never chosen by itself: it is there to be compared with.
 TABLE: dict[str, tuple[Implementation, ...]] = {
-    "softmax_attention": _backends("attention", "softmax_attention"),
-    "linear_attention": _backends("recurrence", "linear_attention"),
-    "delta_rule": _backends("delta", "delta_rule"),
-    "dplr": _backends("delta", "dplr"),
+    "softmax_attention": _backends("attention", "softmax_attention", native="softmax_attention"),
+    "linear_attention": _backends("recurrence", "linear_attention", native="linear_attention"),
+    "delta_rule": _backends("delta", "delta_rule", native="low_rank"),
+    "dplr": _backends("delta", "dplr", native="low_rank"),
     "linear_scan": _backends("scan", "linear_scan", native="linear_scan"),
     "selective_scan": _backends("scan", "selective_scan", native="selective_scan"),
-    "causal_conv1d": _backends("scan", "causal_conv1d"),
+    "causal_conv1d": _backends("scan", "causal_conv1d", native="causal_conv1d"),
     # The same over trees of tokens (`parents`), with `tree`, a Tree, for `cu_seqlens`.
     "softmax_attention_tree": _backends("tree_attention", "softmax_attention_tree", native="tree_softmax"),
     "linear_attention_tree": _backends("tree_memory", "linear_attention_tree", native="tree_memory"),
@@ -134,7 +134,8 @@ def _target(operator: str, backend: str, device: str, dtype: torch.dtype, asked:
     choice = _decide(operator, backend, device, dtype, asked, build=True)
     found = choice.implementation
     if found.target not in _functions:
-        _functions[found.target] = found.load()
+        # All at once: what is added after the compiler has looked into `_functions`, it does not see.
+        _functions.update({other.target: other.load() for others in TABLE.values() for other in others})
     if choice.warning:
         _warn(choice.warning)
     return found.target

@@ -100,7 +100,7 @@ def linear_attention(
         parents: the tokens are the nodes of a tree, see `ops.commit`: each sees its ancestors, itself and the initial
             state. The parent of each, before it, or -1; all rows share the tree.
         form: "parallel" (T x T weights), "chunk", "recurrent", or "auto".
-        backend: "reference", "torch", or "auto".
+        backend: "reference", "torch", "native", or "auto".
 
     Returns:
         o in the dtype of `v`, and the state, float32 (float64 for float64 inputs); with `normalize` the pair (S, z);
@@ -146,7 +146,7 @@ def linear_attention(
             form=form,
         )
         return recorded
-    run = choose("linear_attention", backend, v)
+    run = choose("linear_attention", backend, v, form=form)
     result: tuple[Tensor, State] = run(
         q,
         k,

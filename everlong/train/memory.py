@@ -22,4 +22,5 @@ def keep_freed_memory() -> bool:
         return False
     # glibc before 2.35 takes no threshold above 32 MiB, half the size of a thread's heap.
     mapped = any(library.mallopt(_MMAP_THRESHOLD, size) for size in (1024 * _MIB, 32 * _MIB))
-    return bool(mapped and library.mallopt(_TRIM_THRESHOLD, 2**31 - 1))
+    # -1 is "never": with the largest number instead, 2 GiB, steps that free more than that are mapped afresh.
+    return bool(mapped and library.mallopt(_TRIM_THRESHOLD, -1))

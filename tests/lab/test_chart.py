@@ -5,7 +5,7 @@ from itertools import pairwise
 
 import pytest
 
-from everlong.lab.chart import Panel, apart, chart, smoothed, ticks
+from everlong.lab.chart import Panel, apart, chart, decades, smoothed, ticks
 
 SVG = "{http://www.w3.org/2000/svg}"
 
@@ -60,6 +60,31 @@ def test_ticks_enclose_and_are_few(low, high):
     assert found[-1] >= high - 1e-12
     assert 2 <= len(found) <= 12
     assert found == sorted(set(found))
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "expected"),
+    [
+        (0.3, 250, [0.1, 1, 10, 100, 1000]),
+        (1, 1000, [1, 10, 100, 1000]),
+        (256, 4096, [200, 500, 1000, 2000, 5000]),
+        (5, 5, [5, 10]),
+    ],
+)
+def test_ticks_of_a_logarithmic_axis_are_powers_of_ten_or_between(low, high, expected):
+    assert decades(low, high) == expected
+
+
+def test_logarithmic_axes_make_powers_straight():
+    line = [(0, 1.0), *((float(x), x**1.5) for x in (1, 10, 100))]
+    drawing = ET.fromstring(chart("t", [Panel("y", {"a": line}, scale="log")], x_label="x"))
+    (drawn,) = drawing.iter(f"{SVG}polyline")
+    points = [tuple(map(float, point.split(","))) for point in drawn.get("points").split()]
+    assert len(points) == 3  # 0 has no place
+    (x0, y0), (x1, y1), (x2, y2) = points
+    assert x2 - x1 == pytest.approx(x1 - x0, abs=0.2)
+    assert y2 - y1 == pytest.approx(y1 - y0, abs=0.2)
+    assert y2 < y0
 
 
 def test_labels_do_not_touch():

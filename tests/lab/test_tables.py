@@ -1,4 +1,4 @@
-"""The tables of docs/mixers.md are those of the stored result, and that result knows every mixer."""
+"""The tables of the manual are those of the stored results, and that of the mixers knows every mixer."""
 
 from pathlib import Path
 
@@ -9,7 +9,7 @@ from everlong.cli.mixers import compared
 from everlong.lab.bench import tables
 from everlong.lab.bench.result import stored
 
-PAGE = Path(__file__).parents[2] / "docs" / "mixers.md"
+DOCS = Path(__file__).parents[2] / "docs"
 
 
 @pytest.fixture(scope="module")
@@ -17,9 +17,10 @@ def rows():
     return stored("mixers")["rows"]
 
 
-def test_the_page_shows_the_stored_result(rows):
-    page = PAGE.read_text(encoding="utf-8")
-    assert tables.renewed(page, rows) == page
+@pytest.mark.parametrize("name", ["mixers.md", "kernels.md"])
+def test_the_page_shows_the_stored_result(name):
+    page = (DOCS / name).read_text(encoding="utf-8")
+    assert tables.renewed(page, tables.stored_rows) == page
 
 
 @pytest.mark.parametrize("name", mixers.names())
@@ -37,4 +38,4 @@ def test_every_mixer_has_been_measured(rows, name):
 
 def test_a_page_without_a_place_is_refused():
     with pytest.raises(ValueError, match="the page has no place for a table"):
-        tables.renewed("nothing", [])
+        tables.renewed("nothing", tables.stored_rows)

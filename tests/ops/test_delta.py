@@ -143,6 +143,6 @@ def test_errors_say_what_is_wrong(operator):
         operator(q, k, v, *rest, form="chunks")
     q, k, v, rest = q[:1], k[:1], v[:1, :, :2], tuple(x[:1, :, :2] for x in rest)
     for form in ("chunk", "recurrent"):
-        with pytest.raises(ValueError, match=r"`cu_seqlens` must rise from 0 to the length 5: got \[0, 7\]"):
+        with pytest.raises(ValueError, match=r"`cu_seqlens` must rise from 0 to T = 5: got \[0, 7\]"):
             operator(q, k, v, *rest, cu_seqlens=torch.tensor([0, 7]), form=form)
     assert math.isfinite(operator(q, k, v, *rest)[0].sum())

@@ -7,7 +7,8 @@ nor a GPU when each file is loaded by its path. `python -m everlong.lab.bench.er
 import importlib.metadata
 import importlib.util
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from types import ModuleType
 from typing import NamedTuple
 
@@ -16,6 +17,7 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid, normalize
 
 from everlong import ops
+from everlong.lab.bench.cases import has_kernels
 
 Inputs = dict[str, Tensor]
 Result = tuple[Tensor, Tensor | None]
@@ -56,7 +58,14 @@ class Oracle(NamedTuple):
     takes_state: bool = True
     normalize: bool = False
 
-    def ours(self, inputs: Inputs, state: Tensor | None, form: str, cu_seqlens: Tensor | None = None) -> Result:
+    def ours(
+        self,
+        inputs: Inputs,
+        state: Tensor | None,
+        form: str,
+        cu_seqlens: Tensor | None = None,
+        backend: str = "torch",
+    ) -> Result:
         """Ours on the same inputs."""
         operator = getattr(ops, self.operator)
         rest = [inputs[name] for name in ("beta", "a", "b") if name in inputs]
@@ -72,7 +81,7 @@ class Oracle(NamedTuple):
             initial_state=state,
             cu_seqlens=cu_seqlens,
             form=form,
-            backend="torch",
+            backend=backend,
         )
         return o, last if self.takes_state else None
 
@@ -231,7 +240,13 @@ def separately(oracle: Oracle, bounds: Tensor) -> Callable[[Inputs, Tensor | Non
     return run
 
 
-def rows() -> list[dict[str, str | float]]:
+def ways(operator: str) -> list[tuple[str, str, str]]:
+    """How ours can compute it: a name, the form and the backend; with native kernels where it has them."""
+    kernels = [("native", "auto", "native")] if has_kernels(operator) else []
+    return [*((form, form, "torch") for form in FORMS), *kernels]
+
+
+def rows(oracles: Sequence[Oracle] = ORACLES) -> list[dict[str, str | float]]:
     """For each operator, oracle, form and case the largest relative error of each result and gradient.
 
     Raises:
@@ -239,14 +254,15 @@ def rows() -> list[dict[str, str | float]]:
     """
     torch.manual_seed(0)
     made: list[dict[str, str | float]] = []
-    for oracle in ORACLES:
+    for oracle in oracles:
         for case, inputs, state, bounds in cases(oracle):
             theirs = oracle.theirs if bounds is None else separately(oracle, bounds)
             expected = with_gradients(theirs, inputs, state)
-            for form in FORMS:
-                found = with_gradients(lambda x, s, f=form, b=bounds: oracle.ours(x, s, f, b), inputs, state)  # noqa: B023
+            for way, form, backend in ways(oracle.operator):
+                run = partial(oracle.ours, form=form, cu_seqlens=bounds, backend=backend)
+                found = with_gradients(run, inputs, state)
                 errors = {name: relative(found[name], expected[name]) for name in expected}
-                made.append({"operator": oracle.operator, "oracle": oracle.name, "form": form, "case": case, **errors})
+                made.append({"operator": oracle.operator, "oracle": oracle.name, "form": way, "case": case, **errors})
     return made
 
 

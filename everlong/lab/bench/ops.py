@@ -1,43 +1,69 @@
-"""The operators: how exact they are against other people's, and what a training step of each costs beside softmax."""
+"""The operators: how exact they are against other people's, how fast, what they hold, what they make of a training.
 
-import time
+The rows come from `errors` (other people's implementations), `ops_speed`, `ops_memory`, `ops_training` and
+`ops_lengths`; those that set forward + backward beside softmax at two shapes are here.
+"""
+
 from collections.abc import Callable, Iterator
 
 import torch
-from torch import Tensor
 from torch.nn import functional as F
 
 from everlong import ops
-from everlong.lab.bench import errors
+from everlong.lab.bench import errors, ops_lengths, ops_memory, ops_speed, ops_training, peers
+from everlong.lab.bench.cases import CASES, DELTA, LINEAR, WINDOWED, Shape, inputs
+from everlong.lab.bench.ops_lengths import picture
 from everlong.lab.bench.result import Row, milliseconds, wanted
+from everlong.lab.bench.turns import forward_backward, in_turns, ratio
 
-SHAPES = ((8, 512, 5, 64), (1, 4096, 8, 64))  # batch, length, heads, channels of a head
-ROUNDS = 7
+__all__ = ["picture", "rows"]
+
+SHAPES = (Shape(512, batch=8, heads=5), Shape(4096))
 AGAINST_SDPA = "largest relative error, softmax_attention against SDPA"
 NAMES = {"operator", "oracle", "form", "case"}
 
+TIMED = ("softmax_attention", WINDOWED, "linear_attention", LINEAR, DELTA)
+
 
 def rows(only: str | None = None) -> Iterator[Row]:
-    """The largest relative error against each oracle, then forward + backward over SDPA's at two shapes."""
-    exact = {f"largest relative error, {o.operator} against {o.name}": o for o in errors.ORACLES}
-    timed = {f"forward + backward over SDPA, {name}, {shape}": (name, shape) for shape in SHAPES for name in _RUNS}
-    found: list[dict[str, str | float]] | None = None
-    for measure in wanted([AGAINST_SDPA, *exact, *timed], only):
-        if measure in timed:
-            yield _timed(measure, *timed[measure])
-            continue
-        if measure == AGAINST_SDPA:
-            worst = _against_sdpa()
-            yield Row(measure, max(worst.values()), "<= 1e-4", "torch SDPA (MATH)", worst)
-            continue
-        found = errors.rows() if found is None else found
-        own = [r for r in found if (r["operator"], r["oracle"]) == (exact[measure].operator, exact[measure].name)]
-        worst = {}
-        for row in own:
-            for name, value in row.items():
-                if name not in NAMES:
-                    worst[name] = max(worst.get(name, 0.0), float(value))
-        yield Row(measure, max(worst.values()), "<= 1e-4", f"fla-core, {exact[measure].name}", worst)
+    """Errors against each oracle, forward + backward over SDPA's, and what each part measures; lengths at the end."""
+    single, lengths = measures(), ops_lengths.measures()
+    chosen = wanted([*single, *lengths], only)
+    for measure in chosen:
+        if measure in single:
+            yield single[measure](measure)
+    if along := [lengths[measure] for measure in chosen if measure in lengths]:
+        yield from ops_lengths.rows(along)
+
+
+def measures() -> dict[str, Callable[[str], Row]]:
+    """How to measure each row that is measured by itself."""
+    made: dict[str, Callable[[str], Row]] = {AGAINST_SDPA: _exact_softmax}
+    for oracle in errors.ORACLES:
+        made[f"largest relative error, {oracle.operator} against {oracle.name}"] = lambda measure, oracle=oracle: (
+            _exact(measure, oracle)
+        )
+    for shape in SHAPES:
+        for name in TIMED:
+            made[f"forward + backward over SDPA, {name}, {(shape.batch, shape.length, shape.heads, shape.size)}"] = (
+                lambda measure, name=name, shape=shape: _timed(measure, name, shape)
+            )
+    return {**made, **ops_speed.measures(), **ops_memory.measures(), **ops_training.measures()}
+
+
+def _exact_softmax(measure: str) -> Row:
+    worst = _against_sdpa()
+    return Row(measure, max(worst.values()), "<= 1e-4", "torch SDPA (MATH)", worst)
+
+
+def _exact(measure: str, oracle: errors.Oracle) -> Row:
+    """Over all forms and cases."""
+    worst: dict[str, float] = {}
+    for row in errors.rows((oracle,)):
+        for name, value in row.items():
+            if name not in NAMES:
+                worst[name] = max(worst.get(name, 0.0), float(value))
+    return Row(measure, max(worst.values()), "<= 1e-4", f"fla-core, {oracle.name}", worst)
 
 
 def _against_sdpa() -> dict[str, float]:
@@ -64,33 +90,15 @@ def _against_sdpa() -> dict[str, float]:
     return worst
 
 
-def _sdpa(q: Tensor, k: Tensor, v: Tensor, gate: Tensor) -> Tensor:
-    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    return F.scaled_dot_product_attention(q, k, v, is_causal=True)
-
-
-def _timed(measure: str, name: str, shape: tuple[int, int, int, int]) -> Row:
+def _timed(measure: str, name: str, shape: Shape) -> Row:
     """Both sides in turns, in one process."""
-    torch.manual_seed(0)
-    q, k, v = (torch.randn(*shape) for _ in range(3))
-    gate = torch.rand(*shape[:3])
-    times: dict[str, list[float]] = {"ours": [], "SDPA": []}
-    for turn in range(ROUNDS + 2):
-        for side, run in (("ours", _RUNS[name]), ("SDPA", _sdpa)):
-            own = [x.clone().requires_grad_() for x in (q, F.normalize(k, dim=-1), v)]
-            began = time.perf_counter()
-            torch.autograd.grad(run(own[0], own[1], own[2], gate).sum(), own)
-            if turn >= 2:
-                times[side].append(time.perf_counter() - began)
-    ours, sdpa = (milliseconds(values) for values in times.values())
-    return Row(measure, round(ours / sdpa, 3), peer="torch SDPA", raw={"ours_ms": ours, "sdpa_ms": sdpa})
-
-
-_Run = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
-_RUNS: dict[str, _Run] = {
-    "softmax_attention": lambda q, k, v, g: ops.softmax_attention(q, k, v),
-    "softmax_attention, window 128": lambda q, k, v, g: ops.softmax_attention(q, k, v, window=128),
-    "linear_attention": lambda q, k, v, g: ops.linear_attention(q, k, v)[0],
-    "linear_attention, decay of a token": lambda q, k, v, g: ops.linear_attention(q, k, v, log_decay=-g)[0],
-    "delta_rule, decay of a token": lambda q, k, v, g: ops.delta_rule(q, k, v, g, log_decay=-g)[0],
-}
+    case = CASES[name]
+    sides = {
+        "ours": forward_backward(case.on("auto"), inputs(case.names, shape)),
+        "sdpa": forward_backward(
+            peers.sdpa, peers.sdpa_inputs(shape.length, batch=shape.batch, heads=shape.heads, size=shape.size)
+        ),
+    }
+    times = in_turns(sides, seconds=2.0, least=7)
+    raw = {f"{side}_ms": milliseconds(values) for side, values in times.items()}
+    return Row(measure, ratio(times, "ours", "sdpa"), peer="torch SDPA", raw=raw)

@@ -3,7 +3,7 @@
 import json
 import platform
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import median
@@ -79,6 +79,16 @@ def store(suite: str, rows: Sequence[Row], folder: Path, *, part: bool = False) 
     result = {"suite": suite, "date": time.strftime("%Y-%m-%d"), "machine": here, "rows": list(measured.values())}
     path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     return path
+
+
+def draw(path: Path, picture: Callable[[list[dict[str, Any]]], str | None]) -> Path | None:
+    """Writes the picture of a stored result beside it; None where its rows have nothing to draw."""
+    drawing = picture(json.loads(path.read_text(encoding="utf-8"))["rows"])
+    if drawing is None:
+        return None
+    drawn = path.with_suffix(".svg")
+    drawn.write_text(drawing, encoding="utf-8")
+    return drawn
 
 
 def stored(suite: str) -> dict[str, Any] | None:

@@ -5,18 +5,26 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from everlong.ops.dispatch import multiplies_bfloat16
 from everlong.ops.native.call import call
 from everlong.ops.native.register import differentiate, register
 from everlong.ops.spans import check_bounds
 
 _GROUP = 256  # tokens from one saved state to the next
 _BLOCK = 32  # channels are filled up to a multiple of this
+_FEW = 16  # tokens of a sequence, for which the general kernels are as fast
 
 
-def serves(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None) -> bool:
-    """Whether these kernels compute linear attention of such tensors, without bonus or normaliser."""
-    channels = log_decay is not None and log_decay.dim() == 4
-    return q.dtype == k.dtype == v.dtype == torch.bfloat16 and not channels
+def serves(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, cu_seqlens: Tensor | None) -> bool:
+    """Whether these kernels are the fastest for such tensors, without bonus or normaliser.
+
+    They are not where sequences are short, for they fill them up to 32 tokens, nor where the processor multiplies no
+    bfloat16 numbers itself.
+    """
+    if not q.dtype == k.dtype == v.dtype == torch.bfloat16 or (log_decay is not None and log_decay.dim() == 4):
+        return False
+    sequences = 1 if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    return v.shape[1] > _FEW * sequences and multiplies_bfloat16("cpu")
 
 
 def linear_attention_bf16(

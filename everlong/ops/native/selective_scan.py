@@ -9,7 +9,7 @@ from everlong.ops.native.call import call
 from everlong.ops.native.register import differentiate, register
 from everlong.ops.spans import check_bounds
 
-STEPS = 16  # between two states that are kept for the backward pass
+STEPS = 16  # of a piece
 LANES = 16  # at most, in a block of channels
 GROUPS = 8  # of channels, at most: B's and C's gradients are summed within each, then over all
 SMALLEST = 64  # channels of a group
@@ -54,7 +54,16 @@ def _compute(
     y, last, before = _shapes(u, dt, A, B, C, D, z, dt_bias, state, cu_seqlens, softplus, keep)
     z = None if z is None else _rows(z)
     inputs = (_rows(u), _rows(dt), A, B, C, D, z, dt_bias, state, cu_seqlens)
-    call("selective_scan_forward", *inputs, y, last, before if keep else None, *_sizes(u, A, state), softplus)
+    call(
+        "selective_scan_forward",
+        *inputs,
+        y,
+        last,
+        before if keep else None,
+        *_sizes(u, A, state),
+        _kept(A.shape[1]),
+        softplus,
+    )
     return y, last, before
 
 
@@ -72,9 +81,10 @@ def _shapes(
     softplus: bool,
     keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    # What is kept is the kernel's own: the states before each piece of STEPS tokens, blocks of channels one by one.
+    # What is kept is the kernel's own: the states before each piece, blocks of channels one by one.
     (rows, length, channels), states = u.shape, A.shape[1]
-    pieces = rows * -(-length // STEPS) if cu_seqlens is None else length // STEPS + state.shape[0]
+    kept = _kept(states)
+    pieces = rows * -(-length // kept) if cu_seqlens is None else length // kept + state.shape[0]
     before = state.new_empty((pieces if keep else 0) * -(-channels // LANES) * LANES * states)
     return u.new_empty(u.shape), state.new_empty(state.shape), before
 
@@ -107,7 +117,7 @@ def _compute_backward(
         torch.zeros_like(d_u) if d_y is None else _rows(d_y),
         torch.zeros_like(d_state) if d_last is None else d_last,
         *(d_u, d_dt, d_A, d_B, d_C, d_D, d_z, d_dt_bias, d_state, by_group, by_sequence),
-        *(sequences, length, channels, states, softplus, group),
+        *(sequences, length, channels, states, _kept(states), softplus, group),
     )
     return gradients
 
@@ -126,7 +136,7 @@ def _shapes_backward(
     d_y: Tensor | None,
     d_last: Tensor | None,
     softplus: bool,
-    sequences: int,
+    sequences: int | torch.SymInt,
 ) -> tuple[Tensor, ...]:
     # Where there is no D, z or dt_bias, their gradients are empty.
     made = (x.new_empty(x.shape) if x is not None else u.new_empty(0) for x in (u, dt, A, B, C, D, z, dt_bias))
@@ -136,6 +146,11 @@ def _shapes_backward(
 def _rows(x: Tensor) -> Tensor:
     """With neighbouring channels side by side in memory, as the kernels read them."""
     return x if x.stride(-1) == 1 or x.shape[-1] <= 1 else x.contiguous()
+
+
+def _kept(states: Any) -> Any:
+    """Tokens between two states that are kept for the backward pass: all together are no larger than u."""
+    return max(STEPS, -(-states // STEPS) * STEPS)
 
 
 def _sizes(u: Tensor, A: Tensor, state: Tensor) -> tuple[int, int, int, int]:

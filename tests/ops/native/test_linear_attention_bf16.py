@@ -19,7 +19,7 @@ def operator(q, k, v, log_decay=None, initial_state=None, cu_seqlens=None):
     return linear_attention_bf16(q, k, v, **options) if v.dtype == BF16 else linear_attention(q, k, v, **options)
 
 
-# The gradient of a head's decay sums numbers of either sign over all tokens: by chance it may be near 0, but not for
+# The gradient of a head's decay sums numbers of either sign over all tokens: it may be near 0 by chance, but not for
 # all of several heads.
 def inputs(length, heads=6, keys=32, values=32, *, decay="token", shared=None, batch=1, packed=None, speed=0.1):
     gates = {"none": None, "head": -torch.rand(heads) * speed, "token": -torch.rand(batch, length, heads) * speed}

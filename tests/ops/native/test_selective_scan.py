@@ -134,7 +134,7 @@ from everlong.ops import causal_conv1d, linear_scan, selective_scan, use_backend
 
 def everything(x, dt, A, B, C, weight, bias, bounds):
     x, after = causal_conv1d(x, weight, bias=bias, activation="silu", cu_seqlens=bounds)
-    y, state = selective_scan(x, dt, A, B, C, D=bias, z=x, dt_bias=bias, dt_softplus=True, cu_seqlens=bounds)
+    y, state = selective_scan(x, dt, -A.exp(), B, C, D=bias, z=x, dt_bias=bias, dt_softplus=True, cu_seqlens=bounds)
     h, last = linear_scan(torch.sigmoid(dt), y, cu_seqlens=bounds)
     return h.square().sum() + after.sum() + state.sum() + last.sum()
 

@@ -15,9 +15,13 @@ struct Tensor {
   int64_t stride[4];  // in numbers
 
   explicit operator bool() const { return type != Type::none; }
+  // From the first number to another one.
+  int64_t offset(int64_t i, int64_t j = 0, int64_t k = 0, int64_t l = 0) const {
+    return i * stride[0] + j * stride[1] + k * stride[2] + l * stride[3];
+  }
   template <class Number>
   Number* at(int64_t i = 0, int64_t j = 0, int64_t k = 0, int64_t l = 0) const {
-    return static_cast<Number*>(data) + i * stride[0] + j * stride[1] + k * stride[2] + l * stride[3];
+    return static_cast<Number*>(data) + offset(i, j, k, l);
   }
 };
 

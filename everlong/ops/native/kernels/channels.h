@@ -20,3 +20,25 @@ void for_channels(int64_t sequences, int64_t channels, int64_t widest, Run run) 
     }
   });
 }
+
+// visit(i, some) for the vectors of `count` numbers, the last one perhaps shorter.
+template <class Visit>
+INLINE void for_vectors(int64_t count, Visit visit) {
+  int64_t i = 0;
+  for (; i + LANES <= count; i += LANES) visit(i, LANES);
+  if (i < count) visit(i, count - i);
+}
+
+// Numbers of a result of which the caches hold little by the time somebody reads it: 8 MB of float32.
+constexpr int64_t LARGE = 1 << 21;
+
+// A row of a result, which goes past the caches where the whole result is large.
+template <class Number>
+struct Row {
+  Number* data;
+  bool past;
+  Row(Number* data, bool large) : data(data), past(large && reinterpret_cast<uintptr_t>(data) % sizeof(Vec) == 0) {}
+  INLINE void put(int64_t i, Vec x, int64_t some) const {
+    past&& some == LANES ? stream(data + i, x) : store_some(data + i, x, some);
+  }
+};

@@ -47,24 +47,37 @@ struct Memory {
         states(from.take(HEADS * wide_keys * wide_values)) {}
 };
 
-// The decays of a chunk of `rows` tokens; returns the total.
+// The decays of a chunk of `rows` tokens; returns the total. Products run inside blocks of LANES tokens, whose chains
+// the processor computes side by side, and join those of whole blocks.
 INLINE float decays(const Memory& m, int64_t rows) {
-  for (int64_t j = 0; j < rows; j += LANES) {
-    Vec row = zeros();
-    Ints source = lane_numbers() + int32_t(j);
-    for (int64_t i = j; i < rows; i++) {
-      row = select(source == int32_t(i), broadcast(1.0f), row * m.gates[i]);
-      row = select(source > int32_t(i), zeros(), row);
-      store(m.between + i * CHUNK + j, row);
+  Vec to_end[CHUNK / LANES] = {};  // of each source of a block
+  for (int64_t i = 0; i < LANES; i++)
+#pragma GCC unroll 4
+    for (int64_t block = 0; block < rows; block += LANES) {
+      Vec& row = to_end[block / LANES];
+      row = select(lane_numbers() == int32_t(i), broadcast(1.0f), row * m.gates[block + i]);
+      store(m.between + (block + i) * CHUNK + block, row);
     }
-    ::store(m.store + j, row);
+  // visit(i, from the end of the block before `first` to i); returns what reaches the chunk's end
+  auto later = [&](int64_t first, auto visit) {
+    float passed = 1.0f;
+    for (int64_t block = first; block < rows; block += LANES) {
+      passed *= m.gates[block];
+      for (int64_t i = block; i < block + LANES; i++) visit(i, passed * m.between[i * CHUNK + block]);
+      passed *= m.between[(block + LANES - 1) * CHUNK + block];
+    }
+    return passed;
+  };
+  for (int64_t block = 0; block < rows; block += LANES) {
+    Vec source = to_end[block / LANES];
+    float rest = later(block + LANES, [&](int64_t i, float by) { store(m.between + i * CHUNK + block, source * by); });
+    store(m.store + block, source * rest);
   }
-  float product = 1.0f;
-  for (int64_t i = 0; i < rows; i++) m.reach[i] = product *= m.gates[i];
-  return product;
+  return later(0, [&](int64_t i, float by) { m.reach[i] = by; });
 }
 
 // S in pairs for the products, and S = total S.
+template <bool DECAYS>
 INLINE void pair_state(Pair* pairs, float* state, float total, int64_t keys, int64_t values) {
   for (int64_t d = 0; d < keys; d += 2)
 #pragma GCC unroll 4
@@ -72,8 +85,10 @@ INLINE void pair_state(Pair* pairs, float* state, float total, int64_t keys, int
       float *even = state + d * values + c, *odd = even + values;
       Vec a = load(even), b = load(odd);
       store_pairs(pairs + d / 2 * values + c, pairs_of(a, b));
-      store(even, a * total);
-      store(odd, b * total);
+      if constexpr (DECAYS) {
+        store(even, a * total);
+        store(odd, b * total);
+      }
     }
 }
 
@@ -103,7 +118,8 @@ class Chunk {
   Span at;
   int64_t head;
   Channels keys, values;
-  Rows q;  // reach Q, once the weights are made
+  Ahead& ahead;
+  Rows q{};  // reach Q, once the weights are made
 
   // visit(t, c, block) with each block of [reach Q | P] [S ; V]
   template <class Visit>
@@ -113,13 +129,14 @@ class Chunk {
         Product past{q.data + t * q.row, q.row, m.state_pairs + c, values.wide, keys.wide};
         Product near{m.weights + t * CHUNK, CHUNK, m.values + c, values.wide, t + BLOCK};
         multiply(m.block, BLOCK, BLOCK, BLOCK, past, near);
+        ahead.fetch();
         visit(t, c);
       }
   }
 
  public:
-  Chunk(const Forward& x, const Memory& m, Span at, int64_t head)
-      : x(x), m(m), at(at), head(head), keys(x.keys), values(x.values) {}
+  Chunk(const Forward& x, const Memory& m, Span at, int64_t head, Ahead& ahead)
+      : x(x), m(m), at(at), head(head), keys(x.keys), values(x.values), ahead(ahead) {}
 
   INLINE void run(float* state) {
     int64_t rows = at.rows();
@@ -132,10 +149,11 @@ class Chunk {
     Rows k = rows_of(x.k, at, head / x.sharing, keys, m.k), v = rows_of(x.v, at, head, values, m.v);
     transpose(m.keys, CHUNK, k.data, k.row, rows, keys.wide);
     pair_rows(m.values, values.wide, v.data, v.row, rows, values.wide);
-    pair_state(m.state_pairs, state, total, keys.wide, values.wide);
+    pair_state<DECAYS>(m.state_pairs, state, total, keys.wide, values.wide);
     for (int64_t i = 0; i < rows; i += BLOCK)
       for (int64_t j = 0; j <= i; j += BLOCK) {
         multiply(m.block, BLOCK, BLOCK, BLOCK, Product{q.data + i * q.row, q.row, m.keys + j, CHUNK, keys.wide});
+        ahead.fetch();
         weigh<DECAYS>(m, i, j);
       }
     if constexpr (DECAYS) {
@@ -146,8 +164,9 @@ class Chunk {
       unpair_rows(m.stored_keys, CHUNK, m.keys, CHUNK, keys.wide, rows);
     }
     outputs([&](int64_t t, int64_t c) { write_block(x.o, at, head, values, t, c, m.block, float(x.scale)); });
-    multiply<Into::result>(state, values.wide, keys.wide, values.wide,
-                           Product{m.stored_keys, CHUNK, m.values, values.wide, rows});
+    Product update{m.stored_keys, CHUNK, m.values, values.wide, rows};
+    for (int64_t d = 0; d < keys.wide; d += BLOCK, ahead.fetch())
+      multiply<Into::result>(state + d * values.wide, values.wide, BLOCK, values.wide, update.from(d, 0));
     // An infinite value of a token makes its column infinite in every row of the state, or NaN.
     Vec unsound = zeros();
     for (int64_t c = 0; c < values.wide; c += LANES) unsound += load(state + c) * 0.0f;
@@ -193,7 +212,12 @@ void run_heads(const Forward& x, int64_t n, int64_t head, int64_t count) {
       float* state = memory.states + h * size;
       if (x.saved && (t - s.start) % GROUP == 0)
         std::memcpy(x.saved.at<float>(group + (t - s.start) / GROUP, head + h), state, size * sizeof *state);
-      Chunk<DECAYS>(x, memory, {s.row, t, std::min(CHUNK, s.stop - t)}, head + h).run(state);
+      Span next{s.row, t + CHUNK, std::min(CHUNK, s.stop - t - CHUNK)};
+      Ahead ahead(next.count, 3 + values.wide / BLOCK * 2 + keys.wide / BLOCK);
+      ahead.add(x.q, next, (head + h) / x.sharing, keys);
+      ahead.add(x.k, next, (head + h) / x.sharing, keys);
+      ahead.add(x.v, next, head + h, values);
+      Chunk<DECAYS>(x, memory, {s.row, t, std::min(CHUNK, s.stop - t)}, head + h, ahead).run(state);
     }
   for (int64_t h = 0; h < count; h++) write_state(x.last, n, head + h, memory.states + h * size, keys, values);
 }

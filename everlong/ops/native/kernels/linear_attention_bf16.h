@@ -59,6 +59,29 @@ INLINE Rows rows_of(const Tensor& x, Span at, int64_t head, Channels channels, b
   return {copy, channels.wide};
 }
 
+// Asks for the tokens of the next chunk while this one is computed, a few at a time: the processor itself sees no pattern
+// in rows that lie far apart, and a burst would fill its queue.
+class Ahead {
+  Rows rows[4];
+  int64_t bytes[4];
+  int tensors = 0;
+  int64_t next = 0, count, step;
+
+ public:
+  // For `count` tokens, some of them at each of `calls` calls.
+  Ahead(int64_t count, int64_t calls) : count(count), step((count + calls - 1) / calls) {}
+  INLINE void add(const Tensor& x, Span at, int64_t head, Channels channels) {
+    rows[tensors] = {x.at<bfloat16>(at.row, at.first, head), x.stride[1]};
+    bytes[tensors++] = channels.count * int64_t(sizeof(bfloat16));
+  }
+  INLINE void fetch() {
+    for (int64_t stop = std::min(next + step, count); next < stop; next++)
+      for (int i = 0; i < tensors; i++)
+        for (int64_t byte = 0; byte < bytes[i]; byte += 64)
+          __builtin_prefetch(reinterpret_cast<const char*>(rows[i].data + next * rows[i].row) + byte, 0, 2);
+  }
+};
+
 // Writes block [BLOCK][BLOCK] * scale to the tokens from `t` and the channels from `c` on, those that there are.
 INLINE void write_block(const Tensor& x, Span at, int64_t head, Channels channels, int64_t t, int64_t c,
                         const float* block, float scale) {

@@ -25,39 +25,44 @@ struct Backward {
   double scale;
 };
 
+// What is used in turns stands in the same place: the smaller it all is, the nearer the cache.
 struct Memory {
-  // The tokens' numbers, where they are no whole blocks.
-  bfloat16 *q, *k, *v, *d_o;
-  // A: row by row.
-  bfloat16 *d_o_transposed, *reached_d_o, *stored_keys, *ends_by_value;
-  bfloat16 *weights_transposed, *d_weights_transposed, *d_weights;
-  // B: in pairs.
-  Pair *queries_transposed, *d_o_columns, *queries, *reached_queries, *d_o_pairs, *keys, *starts, *ends, *ends_transposed;
-  Pair* d_weights_pairs;
-  // float32: of tokens, of pairs of tokens, of products, of states.
-  float *gates, *reach, *store, *received, *sent, *reached, *stored;
-  float *between, *products, *d_products, *state, *other_state, *d_states;
+  bfloat16 *q, *k, *v, *d_o;  // copies of tokens at an end
+  float *gates, *reach, *store, *received;  // of tokens
+  float *balance, *stored;  // of tokens, LANES parts of each sum
+  float* between;  // [C][C]
+  Pair *columns_of_q, *columns_of_d_o;  // Q^T and dO^T in pairs: [K / 2][C], [V / 2][C]
+  float *products, *d_products;  // [BLOCK][BLOCK]
+  bfloat16 *weights_transposed, *d_weights_transposed, *d_weights;  // P^T, dP^T, dP: [C][C]
+  Pair* d_weights_pairs;  // dP^T's block in pairs
+  bfloat16* rows;  // one of the operands A, [C][K] or [C][V] or [V][C]
+  Pair* pairs;  // one of the operands B, [C / 2][K] or [C / 2][V]
+  Pair* starts;  // S^T in pairs, [V / 2][K], of each chunk of a group
+  bfloat16* end;  // dS^T: [V][K]
+  Pair *end_transposed_pairs, *end_pairs;  // dS^T and dS in pairs: [V / 2][K], [K / 2][V]
+  float *state, *states;  // S^T; dS^T of each of HEADS heads
 
   template <class From>
   Memory(From& from, int64_t wide_keys, int64_t wide_values) {
     int64_t of_keys = CHUNK * wide_keys, of_values = CHUNK * wide_values, of_state = wide_keys * wide_values;
-    for (bfloat16** x : {&q, &k, &stored_keys}) *x = from.template take<bfloat16>(of_keys);
-    for (bfloat16** x : {&v, &d_o, &d_o_transposed, &reached_d_o})
-      *x = from.template take<bfloat16>(of_values);
+    for (bfloat16** x : {&q, &k}) *x = from.template take<bfloat16>(of_keys);
+    for (bfloat16** x : {&v, &d_o}) *x = from.template take<bfloat16>(of_values);
+    for (float** x : {&gates, &reach, &store, &received}) *x = from.take(CHUNK + 1);
+    for (float** x : {&balance, &stored}) *x = from.take(CHUNK * LANES);
+    between = from.take(CHUNK * CHUNK);
+    columns_of_q = from.template take<Pair>(of_keys / 2);
+    columns_of_d_o = from.template take<Pair>(of_values / 2);
+    for (float** x : {&products, &d_products}) *x = from.take(BLOCK * BLOCK);
     for (bfloat16** x : {&weights_transposed, &d_weights_transposed, &d_weights})
       *x = from.template take<bfloat16>(CHUNK * CHUNK);
-    ends_by_value = from.template take<bfloat16>(of_state);
-    for (Pair** x : {&queries_transposed, &queries, &reached_queries, &keys}) *x = from.template take<Pair>(of_keys / 2);
-    for (Pair** x : {&d_o_columns, &d_o_pairs}) *x = from.template take<Pair>(of_values / 2);
-    for (Pair** x : {&ends, &ends_transposed}) *x = from.template take<Pair>(of_state / 2);
+    d_weights_pairs = from.template take<Pair>(BLOCK / 2 * BLOCK);
+    rows = from.template take<bfloat16>(std::max(of_keys, of_values));
+    pairs = from.template take<Pair>(std::max(of_keys, of_values) / 2);
     starts = from.template take<Pair>(GROUP / CHUNK * of_state / 2);
-    d_weights_pairs = from.template take<Pair>(CHUNK * CHUNK / 2);
-    for (float** x : {&gates, &reach, &store, &received, &reached, &stored}) *x = from.take(CHUNK + 1);
-    sent = from.take(CHUNK * LANES);
-    between = from.take(CHUNK * CHUNK);
-    for (float** x : {&products, &d_products}) *x = from.take(BLOCK * BLOCK);
-    for (float** x : {&state, &other_state}) *x = from.take(of_state);
-    d_states = from.take(HEADS * of_state);
+    end = from.template take<bfloat16>(of_state);
+    for (Pair** x : {&end_transposed_pairs, &end_pairs}) *x = from.template take<Pair>(of_state / 2);
+    state = from.take(of_state);
+    states = from.take(HEADS * of_state);
   }
 };
 
@@ -68,6 +73,7 @@ class Head {
   const Memory& m;
   int64_t head;
   Channels keys, values;
+  Ahead ahead{0, 1};
   Span at{};
   Rows q{}, k{}, v{}, d_o{};
 
@@ -84,21 +90,21 @@ class Head {
   // S^T = total S^T + V^T (store K)
   void advance() {
     int64_t rows = at.rows(), size = keys.wide * values.wide;
-    transpose(m.d_o_columns, CHUNK, v.data, v.row, rows, values.wide);
-    unpair_rows(m.d_o_transposed, CHUNK, m.d_o_columns, CHUNK, values.wide, rows);
+    transpose(m.columns_of_d_o, CHUNK, v.data, v.row, rows, values.wide);
+    unpair_rows(m.rows, CHUNK, m.columns_of_d_o, CHUNK, values.wide, rows);
     if constexpr (DECAYS) {
       float product = 1.0f;
       for (int64_t j = rows - 1; j >= 0; j--) {
         m.store[j] = product;
         product *= m.gates[j];
       }
-      pair_scaled_rows(m.reached_queries, keys.wide, k.data, k.row, rows, keys.wide, m.store);
+      pair_scaled_rows(m.pairs, keys.wide, k.data, k.row, rows, keys.wide, m.store);
       for (int64_t i = 0; i < size; i += LANES) ::store(m.state + i, load(m.state + i) * product);
     } else {
-      pair_rows(m.reached_queries, keys.wide, k.data, k.row, rows, keys.wide);
+      pair_rows(m.pairs, keys.wide, k.data, k.row, rows, keys.wide);
     }
     multiply<Into::result>(m.state, keys.wide, values.wide, keys.wide,
-                           Product{m.d_o_transposed, CHUNK, m.reached_queries, keys.wide, rows});
+                           Product{m.rows, CHUNK, m.pairs, keys.wide, rows});
   }
 
   // The decays of the chunk, transposed: rows are sources j. Returns the total.
@@ -108,18 +114,33 @@ class Head {
       for (int64_t i = 0; i < rows; i++) m.reach[i] = float(x.scale);
       return 1.0f;
     }
-    for (int64_t i = 0; i < rows; i += LANES) {
-      Vec row = zeros();
-      Ints receiver = lane_numbers() + int32_t(i);
-      for (int64_t j = i + LANES - 1; j >= 0; j--) {
-        row = select(receiver == int32_t(j), broadcast(1.0f), row * m.gates[j + 1]);
-        row = select(receiver < int32_t(j), zeros(), row);
-        ::store(m.between + j * CHUNK + i, row);
+    // As in the forward pass: products inside blocks of LANES tokens, then those of whole blocks.
+    Vec since_first[CHUNK / LANES] = {};  // of each receiver of a block
+    for (int64_t j = LANES - 1; j >= 0; j--)
+#pragma GCC unroll 4
+      for (int64_t block = 0; block < rows; block += LANES) {
+        Vec& row = since_first[block / LANES];
+        row = select(lane_numbers() == int32_t(j), broadcast(1.0f), row * m.gates[block + j + 1]);
+        ::store(m.between + (block + j) * CHUNK + block, row);
       }
-      ::store(m.reach + i, row * m.gates[0] * float(x.scale));
+    float total = 1.0f;
+    for (int64_t block = 0; block < rows; block += LANES) {
+      Vec& receiver = since_first[block / LANES];
+      receiver *= m.gates[block];
+      ::store(m.reach + block, receiver * (total * float(x.scale)));
+      total *= receiver[LANES - 1];
     }
-    for (int64_t j = 0; j < rows; j++) m.store[j] = m.between[j * CHUNK + rows - 1];
-    return m.gates[0] * m.store[0];
+    for (int64_t block = 0; block < rows; block += LANES) {
+      const float* to_end = m.between + block * CHUNK + block + LANES - 1;
+      float passed = 1.0f;
+      for (int64_t later = block + LANES; later < rows; later += LANES) {
+        Vec receiver = since_first[later / LANES] * passed;
+        for (int64_t j = 0; j < LANES; j++) ::store(m.between + (block + j) * CHUNK + later, receiver * to_end[j * CHUNK]);
+        passed *= since_first[later / LANES][LANES - 1];
+      }
+      for (int64_t j = 0; j < LANES; j++) m.store[block + j] = to_end[j * CHUNK] * passed;
+    }
+    return total;
   }
 
   // dS as operand, twice; dS^T = total dS^T. Returns total S.dS.
@@ -142,25 +163,13 @@ class Head {
             }
           }
         Words first = consecutive(of[0][0], of[0][1]), second = consecutive(of[1][0], of[1][1]);
-        store_pairs(m.ends_by_value + c * keys.wide + d, first);
-        store_pairs(m.ends_by_value + (c + 1) * keys.wide + d, second);
-        store_pairs(m.ends_transposed + c / 2 * keys.wide + d, alternating<0>(first, second));
-        store_pairs(m.ends_transposed + c / 2 * keys.wide + d + LANES, alternating<1>(first, second));
+        store_pairs(m.end + c * keys.wide + d, first);
+        store_pairs(m.end + (c + 1) * keys.wide + d, second);
+        store_pairs(m.end_transposed_pairs + c / 2 * keys.wide + d, alternating<0>(first, second));
+        store_pairs(m.end_transposed_pairs + c / 2 * keys.wide + d + LANES, alternating<1>(first, second));
       }
-    transpose(m.ends, values.wide, m.ends_by_value, keys.wide, values.wide, keys.wide);
+    transpose(m.end_pairs, values.wide, m.end, keys.wide, values.wide, keys.wide);
     return total * sum(shared);
-  }
-
-  void pack() {
-    int64_t rows = at.rows();
-    transpose(m.queries_transposed, CHUNK, q.data, q.row, rows, keys.wide);
-    transpose(m.d_o_columns, CHUNK, d_o.data, d_o.row, rows, values.wide);
-    unpair_rows(m.d_o_transposed, CHUNK, m.d_o_columns, CHUNK, values.wide, rows);
-    pair_rows(m.queries, keys.wide, q.data, q.row, rows, keys.wide);
-    pair_scaled_rows(m.reached_queries, keys.wide, q.data, q.row, rows, keys.wide, m.reach);
-    pair_rows(m.d_o_pairs, values.wide, d_o.data, d_o.row, rows, values.wide);
-    if constexpr (!DECAYS) scale_rows(m.reached_d_o, values.wide, d_o.data, d_o.row, rows, values.wide, m.reach);
-    pair_rows(m.keys, keys.wide, k.data, k.row, rows, keys.wide);
   }
 
   // P^T and dP^T and, in pairs, once more dP: from the products of sources j (from `row` on) with receivers i >= j.
@@ -188,35 +197,36 @@ class Head {
               Vec shared = weight * product;
               if (row == column) shared = select(receiver > int32_t(source), shared, zeros());
               ::store(m.received + from, load(m.received + from) + shared);
-              ::store(m.sent + source * LANES, load(m.sent + source * LANES) + shared);
+              ::store(m.balance + source * LANES, load(m.balance + source * LANES) - shared);
             }
           }
 #pragma GCC unroll 2
         for (int odd = 0; odd < 2; odd++) {
           store_pairs(m.weights_transposed + (j + odd) * CHUNK + i, consecutive(p[odd][0], p[odd][1]));
           store_pairs(m.d_weights_transposed + (j + odd) * CHUNK + i, consecutive(d_p[odd][0], d_p[odd][1]));
-          store_pairs(m.d_weights_pairs + j / 2 * CHUNK + i + odd * LANES, pairs_of(d_p[0][odd], d_p[1][odd]));
+          store_pairs(m.d_weights_pairs + (j - row) / 2 * BLOCK + i - column + odd * LANES, pairs_of(d_p[0][odd], d_p[1][odd]));
         }
       }
-    transpose(m.d_weights + column * CHUNK + row, CHUNK, m.d_weights_pairs + row / 2 * CHUNK + column, CHUNK, BLOCK, BLOCK);
+    transpose(m.d_weights + column * CHUNK + row, CHUNK, m.d_weights_pairs, BLOCK, BLOCK, BLOCK);
   }
 
-  // block_i *= by_i; dots_i += x_i . block_i, for the channels from c on
+  // block_i *= by_i; dots_i += the parts of x_i . block_i, for the channels from c on
   void fade(float* block, const float* by, float* dots, Rows of, int64_t t, int64_t c) {
     for (int64_t i = 0; i < BLOCK; i++) {
-      Vec dot = zeros();
+      Vec dot = load(dots + (t + i) * LANES);
 #pragma GCC unroll 8
       for (int64_t j = 0; j < BLOCK; j += LANES) {
         Vec faded = load(block + i * BLOCK + j) * by[t + i];
         dot += load(of.data + (t + i) * of.row + c + j) * faded;
         ::store(block + i * BLOCK + j, faded);
       }
-      dots[t + i] += sum(dot);
+      ::store(dots + (t + i) * LANES, dot);
     }
   }
 
   // One block of dQ or dK, the gradient of `of`: what comes through the state, which fades, and what from the chunk.
-  void gradient(const Tensor& to, int64_t t, int64_t c, Product far, Product near, const float* by, float* dots, Rows of) {
+  void gradient(const Tensor& to, int64_t t, int64_t c, Product far, Product near, const float* by, float* dots,
+                Rows of) {
     if constexpr (DECAYS) {
       multiply(m.products, BLOCK, BLOCK, BLOCK, far);
       fade(m.products, by, dots, of, t, c);
@@ -224,27 +234,60 @@ class Head {
     } else {
       multiply(m.products, BLOCK, BLOCK, BLOCK, far, near);
     }
+    ahead.fetch();
     write_block(to, at, head, keys, t, c, m.products, 1.0f);
   }
 
-  void gradients(const Pair* start) {
-    int64_t rows = at.rows();
-    Rows reached = DECAYS ? d_o : Rows{m.reached_d_o, values.wide}, stored = DECAYS ? Rows{m.stored_keys, keys.wide} : k;
-    for (int64_t t = 0; t < rows; t += BLOCK) {
+  void d_queries(const Pair* start) {
+    Rows from = d_o;
+    if constexpr (!DECAYS) {
+      scale_rows(m.rows, values.wide, d_o.data, d_o.row, at.rows(), values.wide, m.reach);
+      from = {m.rows, values.wide};
+    }
+    pair_rows(m.pairs, keys.wide, k.data, k.row, at.rows(), keys.wide);
+    for (int64_t t = 0; t < at.rows(); t += BLOCK)
       for (int64_t c = 0; c < keys.wide; c += BLOCK) {
-        gradient(x.d_q, t, c, {reached.data + t * reached.row, reached.row, start + c, keys.wide, values.wide},
-                 {m.d_weights + t * CHUNK, CHUNK, m.keys + c, keys.wide, t + BLOCK}, m.reach, m.reached, q);
-        gradient(x.d_k, t, c, {v.data + t * v.row, v.row, m.ends_transposed + c, keys.wide, values.wide},
-                 {m.d_weights_transposed + t * CHUNK + t, CHUNK, m.queries + t / 2 * keys.wide + c, keys.wide, rows - t},
-                 m.store, m.stored, k);
+        Product far{from.data + t * from.row, from.row, start + c, keys.wide, values.wide};
+        Product near{m.d_weights + t * CHUNK, CHUNK, m.pairs + c, keys.wide, t + BLOCK};
+        gradient(x.d_q, t, c, far, near, m.reach, m.balance, q);
       }
+  }
+
+  void d_keys() {
+    pair_rows(m.pairs, keys.wide, q.data, q.row, at.rows(), keys.wide);
+    for (int64_t t = 0; t < at.rows(); t += BLOCK)
+      for (int64_t c = 0; c < keys.wide; c += BLOCK) {
+        Product far{v.data + t * v.row, v.row, m.end_transposed_pairs + c, keys.wide, values.wide};
+        Product near{m.d_weights_transposed + t * CHUNK + t, CHUNK, m.pairs + t / 2 * keys.wide + c, keys.wide,
+                     at.rows() - t};
+        gradient(x.d_k, t, c, far, near, m.store, m.stored, k);
+      }
+  }
+
+  void d_values() {
+    Rows from = k;
+    if constexpr (DECAYS) {
+      scale_rows(m.rows, keys.wide, k.data, k.row, at.rows(), keys.wide, m.store);
+      from = {m.rows, keys.wide};
+    }
+    pair_rows(m.pairs, values.wide, d_o.data, d_o.row, at.rows(), values.wide);
+    for (int64_t t = 0; t < at.rows(); t += BLOCK)
       for (int64_t c = 0; c < values.wide; c += BLOCK) {
-        Product far{stored.data + t * stored.row, stored.row, m.ends + c, values.wide, keys.wide};
-        Product near{m.weights_transposed + t * CHUNK + t, CHUNK, m.d_o_pairs + t / 2 * values.wide + c, values.wide, rows - t};
+        Product far{from.data + t * from.row, from.row, m.end_pairs + c, values.wide, keys.wide};
+        Product near{m.weights_transposed + t * CHUNK + t, CHUNK, m.pairs + t / 2 * values.wide + c, values.wide,
+                     at.rows() - t};
         multiply(m.products, BLOCK, BLOCK, BLOCK, far, near);
+        ahead.fetch();
         write_block(x.d_v, at, head, values, t, c, m.products, 1.0f);
       }
-    }
+  }
+
+  // dS^T += dO^T (reach Q), the first factor of which take_end has made.
+  void d_start(float* d_state) {
+    unpair_rows(m.rows, CHUNK, m.columns_of_d_o, CHUNK, values.wide, at.rows());
+    pair_scaled_rows(m.pairs, keys.wide, q.data, q.row, at.rows(), keys.wide, m.reach);
+    Product update{m.rows, CHUNK, m.pairs, keys.wide, at.rows()};
+    multiply<Into::result>(d_state, keys.wide, values.wide, keys.wide, update);
   }
 
   // dg from its four parts; a closed gate has none.
@@ -252,17 +295,35 @@ class Head {
     float stored_before[CHUNK], before = through_all;
     for (int64_t t = 0; t < at.count; t++) {
       stored_before[t] = before;
-      before += m.stored[t];
+      before += sum(load(m.stored + t * LANES));
     }
     float after = 0.0f, total = 0.0f;
     for (int64_t t = at.count - 1; t >= 0; t--) {
-      float sent = sum(load(m.sent + t * LANES));
-      after += m.received[t] + m.reached[t] - sent;
+      after += m.received[t] + sum(load(m.balance + t * LANES));
       float gradient = m.gates[t] == 0.0f ? 0.0f : after + stored_before[t];
       total += gradient;
       if (!x.decay_of_head) *x.d_log_decay.at<float>(at.row, at.first + t, head) = gradient;
     }
     if (x.decay_of_head) *x.d_log_decay.at<float>(n, head) += total;
+  }
+
+  // What comes next: queries and d_o of the chunk before, keys and values of the next group.
+  void fetch_ahead(Span span, Sequence s, int64_t first, int64_t next_first, int64_t next_head) {
+    ahead = Ahead(span.count, 6 + (2 * keys.wide + values.wide) / BLOCK * 2);
+    Span later{s.row, next_first + span.first - first, CHUNK}, before{s.row, span.first - CHUNK, CHUNK};
+    int64_t of = head;
+    if (span.first == first) {
+      before.first = next_first + (std::min(GROUP, s.stop - next_first) - 1) / CHUNK * CHUNK;
+      of = next_head;
+    }
+    if (next_first >= s.start || span.first > first) {
+      ahead.add(x.q, before, of / x.sharing, keys);
+      ahead.add(x.d_o, before, of, values);
+    }
+    if (next_first >= s.start) {
+      ahead.add(x.k, later, next_head / x.sharing, keys);
+      ahead.add(x.v, later, next_head, values);
+    }
   }
 
   void chunk(Span span, int64_t n, const Pair* start, float* d_state) {
@@ -271,32 +332,37 @@ class Head {
     d_o = rows_of(x.d_o, at, head, values, m.d_o);
     int64_t rows = at.rows();
     float total = decays();
-    float through_all = take_end(start, d_state, total);
-    pack();
     if constexpr (DECAYS) {
-      scale_rows(m.stored_keys, keys.wide, k.data, k.row, rows, keys.wide, m.store);
-      for (float* sums : {m.received, m.reached, m.stored}) std::memset(sums, 0, CHUNK * sizeof *sums);
-      std::memset(m.sent, 0, CHUNK * LANES * sizeof *m.sent);
+      std::memset(m.received, 0, CHUNK * sizeof *m.received);
+      for (float* parts : {m.balance, m.stored}) std::memset(parts, 0, CHUNK * LANES * sizeof *parts);
     }
+    transpose(m.columns_of_q, CHUNK, q.data, q.row, rows, keys.wide);
+    transpose(m.columns_of_d_o, CHUNK, d_o.data, d_o.row, rows, values.wide);
     for (int64_t j = 0; j < rows; j += BLOCK)
       for (int64_t i = j; i < rows; i += BLOCK) {
-        multiply(m.products, BLOCK, BLOCK, BLOCK,
-                 Product{k.data + j * k.row, k.row, m.queries_transposed + i, CHUNK, keys.wide});
-        multiply(m.d_products, BLOCK, BLOCK, BLOCK,
-                 Product{v.data + j * v.row, v.row, m.d_o_columns + i, CHUNK, values.wide});
+        Product weights{k.data + j * k.row, k.row, m.columns_of_q + i, CHUNK, keys.wide};
+        Product d_weights{v.data + j * v.row, v.row, m.columns_of_d_o + i, CHUNK, values.wide};
+        multiply(m.products, BLOCK, BLOCK, BLOCK, weights);
+        ahead.fetch();
+        multiply(m.d_products, BLOCK, BLOCK, BLOCK, d_weights);
+        ahead.fetch();
         weigh(j, i);
       }
-    gradients(start);
-    multiply<Into::result>(d_state, keys.wide, values.wide, keys.wide,
-                           Product{m.d_o_transposed, CHUNK, m.reached_queries, keys.wide, rows});
+    d_queries(start);
+    float through_all = take_end(start, d_state, total);
+    d_keys();
+    d_values();
+    d_start(d_state);
     if constexpr (DECAYS) write_d_log_decay(n, through_all);
   }
 
  public:
   Head(const Backward& x, const Memory& m, int64_t head) : x(x), m(m), head(head), keys(x.keys), values(x.values) {}
 
-  // The tokens of one group, from the state that was saved before them; `d_state` is dS^T.
-  void group(Sequence s, int64_t n, int64_t first, const float* saved, float* d_state) {
+  // The tokens of one group, from the state that was saved before them; `d_state` is dS^T. The next group to come is that
+  // of `next_head` from `next_first` on.
+  void group(Sequence s, int64_t n, int64_t first, const float* saved, float* d_state, int64_t next_first,
+             int64_t next_head) {
     int64_t stop = std::min(first + GROUP, s.stop), of_state = keys.wide * values.wide / 2;
     transpose(m.state, keys.wide, saved, values.wide, keys.wide, values.wide);
     for (int64_t t = first; t < stop; t += CHUNK) {
@@ -305,8 +371,11 @@ class Head {
       take({s.row, t, CHUNK});
       advance();
     }
-    for (int64_t t = first + (stop - first - 1) / CHUNK * CHUNK; t >= first; t -= CHUNK)
-      chunk({s.row, t, std::min(CHUNK, stop - t)}, n, m.starts + (t - first) / CHUNK * of_state, d_state);
+    for (int64_t t = first + (stop - first - 1) / CHUNK * CHUNK; t >= first; t -= CHUNK) {
+      Span span{s.row, t, std::min(CHUNK, stop - t)};
+      fetch_ahead(span, s, first, next_first, next_head);
+      chunk(span, n, m.starts + (t - first) / CHUNK * of_state, d_state);
+    }
   }
 };
 
@@ -322,15 +391,18 @@ void run_heads(const Backward& x, int64_t n, int64_t head, int64_t count) {
   int64_t size = keys.wide * values.wide;
   for (int64_t h = 0; h < count; h++) {
     read_state(memory.state, x.d_last, n, head + h, keys, values);
-    transpose(memory.d_states + h * size, keys.wide, memory.state, values.wide, keys.wide, values.wide);
+    transpose(memory.states + h * size, keys.wide, memory.state, values.wide, keys.wide, values.wide);
     if (x.decay_of_head) *x.d_log_decay.at<float>(n, head + h) = 0.0f;
   }
   for (int64_t g = groups.count - 1; g >= 0; g--)
-    for (int64_t h = 0; h < count; h++)
+    for (int64_t h = 0; h < count; h++) {
+      const float* saved = x.saved.at<float>(groups.first + g, head + h);
+      int64_t first = s.start + g * GROUP, next_head = (h + 1) % count;
       Head<DECAYS>(x, memory, head + h)
-          .group(s, n, s.start + g * GROUP, x.saved.at<float>(groups.first + g, head + h), memory.d_states + h * size);
+          .group(s, n, first, saved, memory.states + h * size, next_head ? first : first - GROUP, head + next_head);
+    }
   for (int64_t h = 0; h < count; h++) {
-    transpose(memory.state, values.wide, memory.d_states + h * size, keys.wide, values.wide, keys.wide);
+    transpose(memory.state, values.wide, memory.states + h * size, keys.wide, values.wide, keys.wide);
     write_state(x.d_state, n, head + h, memory.state, keys, values);
   }
 }

@@ -1,7 +1,7 @@
 // h_t = a_t h_{t-1} + b_t for each channel, real or complex, and its gradients.
 //
-// A unit of work is a range of channels of one sequence, which runs along time: it is read and written once, in long rows.
-// Backwards d_t = g_t + conj(a_{t+1}) d_{t+1}, with g the gradient of h_t: db_t = d_t, da_t = d_t conj(h_{t-1}).
+// A unit of work is a range of channels of one sequence, which runs along time: it is read and written once, in long
+// rows. Backwards d_t = g_t + conj(a_{t+1}) d_{t+1}, with g the gradient of h_t: db_t = d_t, da_t = d_t conj(h_{t-1}).
 #include "arguments.h"
 #include "channels.h"
 
@@ -42,24 +42,21 @@ struct Forward {
   Tensor a, b, state, cu_seqlens;  // [B, T, numbers] twice, [N, numbers], [N + 1] or none; a complex number is two
   Tensor h, last;
   int64_t sequences, length, numbers, complex;
+
+  bool is_large() const { return (cu_seqlens ? 1 : sequences) * length * numbers >= LARGE; }
 };
 
 struct Backward {
   Tensor a, h, state, cu_seqlens, d_h, d_last;
   Tensor d_a, d_b, d_state;
   int64_t sequences, length, numbers, complex;
+
+  bool is_large() const { return (cu_seqlens ? 1 : sequences) * length * numbers >= LARGE; }
 };
 
 constexpr int64_t WIDEST = 1024;  // numbers of a range: the states of all of them stay in the first cache
 
-// visit(i, some) for the vectors of `count` numbers, the last one perhaps shorter.
-template <class Visit>
-INLINE void for_vectors(int64_t count, Visit visit) {
-  int64_t i = 0;
-  for (; i + LANES <= count; i += LANES) visit(i, LANES);
-  if (i < count) visit(i, count - i);
-}
-// The same from the last to the first: who walks back in time reads memory backwards throughout.
+// As `for_vectors`, from the last to the first: who walks back in time reads memory backwards throughout.
 template <class Visit>
 INLINE void for_vectors_backwards(int64_t count, Visit visit) {
   int64_t i = count / LANES * LANES;
@@ -67,33 +64,16 @@ INLINE void for_vectors_backwards(int64_t count, Visit visit) {
   while ((i -= LANES) >= 0) visit(i, LANES);
 }
 
-// A row of a result, which goes past the caches where the whole result is too large for them.
-template <class Number>
-struct Row {
-  Number* data;
-  bool past;
-  Row(Number* data, bool large) : data(data), past(large && reinterpret_cast<uintptr_t>(data) % sizeof(Vec) == 0) {}
-  INLINE void put(int64_t i, Vec x, int64_t some) const {
-    past && some == LANES ? stream(data + i, x) : store_some(data + i, x, some);
-  }
-};
-// 8 MB: the caches hold little of it until somebody reads it, and a backward pass has several results of this size.
-template <class Arguments>
-INLINE bool large(const Arguments& x) {
-  return (x.cu_seqlens ? 1 : x.sequences) * x.length * x.numbers >= 1 << 21;
-}
-
 template <class Value, class Number>
 void scan(const Forward& x, int64_t n, int64_t first, int64_t count) {
   Sequence s = sequence_of(x.cu_seqlens, n, x.length);
   Scratch scratch(WIDEST * 4);
   float* states = scratch.take(WIDEST);
-  for_vectors(count, [&](int64_t i, int64_t some) {
-    store(states + i, load_some(x.state.at<float>(n, first + i), some));
-  });
+  for_vectors(count,
+              [&](int64_t i, int64_t some) { store(states + i, load_some(x.state.at<float>(n, first + i), some)); });
   for (int64_t t = s.start; t < s.stop; t++) {
     const Number *a = x.a.at<Number>(s.row, t, first), *b = x.b.at<Number>(s.row, t, first);
-    Row<Number> to(x.h.at<Number>(s.row, t, first), large(x));
+    Row<Number> to(x.h.at<Number>(s.row, t, first), x.is_large());
     for_vectors(count, [&](int64_t i, int64_t some) {
       Value h = Value::load(a + i, some) * Value::load(states + i, LANES) + Value::load(b + i, some);
       store(states + i, h.numbers);
@@ -101,9 +81,8 @@ void scan(const Forward& x, int64_t n, int64_t first, int64_t count) {
     });
   }
   end_streams();
-  for_vectors(count, [&](int64_t i, int64_t some) {
-    store_some(x.last.at<float>(n, first + i), load(states + i), some);
-  });
+  for_vectors(count,
+              [&](int64_t i, int64_t some) { store_some(x.last.at<float>(n, first + i), load(states + i), some); });
 }
 
 template <class Value, class Number>
@@ -111,12 +90,12 @@ void scan_backward(const Backward& x, int64_t n, int64_t first, int64_t count) {
   Sequence s = sequence_of(x.cu_seqlens, n, x.length);
   Scratch scratch(WIDEST * 4);
   float* carried = scratch.take(WIDEST);  // conj(a_{t+1}) d_{t+1}
-  for_vectors(count, [&](int64_t i, int64_t some) {
-    store(carried + i, load_some(x.d_last.at<float>(n, first + i), some));
-  });
+  for_vectors(count,
+              [&](int64_t i, int64_t some) { store(carried + i, load_some(x.d_last.at<float>(n, first + i), some)); });
   auto step = [&](int64_t t, const auto* before) {
     const Number *a = x.a.at<Number>(s.row, t, first), *d_h = x.d_h.at<Number>(s.row, t, first);
-    Row<Number> d_a(x.d_a.at<Number>(s.row, t, first), large(x)), d_b(x.d_b.at<Number>(s.row, t, first), large(x));
+    Row<Number> d_a(x.d_a.at<Number>(s.row, t, first), x.is_large()),
+        d_b(x.d_b.at<Number>(s.row, t, first), x.is_large());
     for_vectors_backwards(count, [&](int64_t i, int64_t some) {
       Value d = Value::load(carried + i, LANES) + Value::load(d_h + i, some);
       d_a.put(i, (d * Value::load(before + i, some).conjugate()).numbers, some);
@@ -127,9 +106,8 @@ void scan_backward(const Backward& x, int64_t n, int64_t first, int64_t count) {
   for (int64_t t = s.stop - 1; t > s.start; t--) step(t, x.h.at<Number>(s.row, t - 1, first));
   if (s.start < s.stop) step(s.start, x.state.at<float>(n, first));
   end_streams();
-  for_vectors(count, [&](int64_t i, int64_t some) {
-    store_some(x.d_state.at<float>(n, first + i), load(carried + i), some);
-  });
+  for_vectors(count,
+              [&](int64_t i, int64_t some) { store_some(x.d_state.at<float>(n, first + i), load(carried + i), some); });
 }
 
 }  // namespace

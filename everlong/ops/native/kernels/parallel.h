@@ -3,6 +3,7 @@
 // Every unit is computed by one thread from start to end, in the same order of arithmetic whatever the number of threads:
 // so results do not depend on it, bit for bit. Nothing is summed across threads.
 #pragma once
+#include <atomic>
 #include <cstdint>
 #include <cstdlib>
 #include <new>
@@ -106,4 +107,12 @@ void parallel_ranges(int64_t count, Work work) {
 #else
   range(0, count, &work);
 #endif
+}
+
+// run(next) on each thread, where next() gives the number of a unit that nobody has taken yet, the lowest first, and
+// `count` or more when there is none left: for units of unequal size, and for those that wait for lower ones.
+template <class Run>
+void parallel_queue(int64_t count, Run run) {
+  std::atomic<int64_t> taken{0};
+  parallel_ranges(count, [&](int64_t, int64_t) { run([&] { return taken.fetch_add(1, std::memory_order_relaxed); }); });
 }

@@ -44,7 +44,11 @@ INLINE void store(float* to, Vec x) { std::memcpy(to, &x, sizeof x); }
 INLINE Vec load(const bfloat16* from) {
   Halves x;
   std::memcpy(&x, from, sizeof x);
+#if defined(__AVX512F__)
+  return (Vec)((Words)_mm512_cvtepu16_epi32((__m256i)x) << 16);  // GCC 12 makes two halves of __builtin_convertvector
+#else
   return (Vec)(__builtin_convertvector(x, Words) << 16);
+#endif
 }
 // Rounds to the nearest, ties to even; NaN stays NaN.
 INLINE Halves rounded(Vec x) {
@@ -191,50 +195,59 @@ INLINE Vec power_of_two(Ints n) { return (Vec)((n + 127) << 23); }
 constexpr float LOG2E = 1.44269504088896341f;
 constexpr float LN2_HIGH = 0.693359375f, LN2_LOW = -2.12194440e-4f;  // ln 2 in two parts, the first short
 
-// e^x to about 1e-7 relative; 0 below -87 (nothing denormal), inf above 88.7, NaN for NaN.
-INLINE Vec exp(Vec x) {
+// 2^n p for whole n, also where the result overflows or vanishes.
+INLINE Vec scaled(Vec p, Vec n) {
+#if defined(__AVX512F__)
+  // All lanes by a mask: GCC 12 warns of its own headers otherwise.
+  return (Vec)_mm512_maskz_scalef_ps(0xffff, (__m512)p, (__m512)n);
+#else
+  Vec bounded = min(max(n, broadcast(-160.0f)), broadcast(160.0f));
+  Ints whole = __builtin_convertvector(bounded, Ints), half = whole >> 1;  // in two steps, which both are normal
+  return p * power_of_two(half) * power_of_two(whole - half);
+#endif
+}
+INLINE Vec to_whole(Vec x) {
+#if defined(__AVX512F__)
+  return (Vec)_mm512_maskz_roundscale_ps(0xffff, (__m512)x, 0);
+#else
   const float big = 12582912.0f;  // 1.5 * 2^23: adding it rounds to a whole number
-  Vec bounded = min(max(x, broadcast(-87.0f)), broadcast(88.72f));
-  Vec shifted = bounded * LOG2E + big;
-  Vec n = shifted - big;
-  Vec r = (bounded - n * LN2_HIGH) - n * LN2_LOW;
+  return (x + big) - big;
+#endif
+}
+// Infinities, which would become NaN, to numbers whose power is 0 or infinite as well; NaN stays NaN.
+INLINE Vec bounded(Vec x) {
+#if defined(__AVX512F__)
+  __m512 above = _mm512_maskz_max_ps(0xffff, _mm512_set1_ps(-200.0f), (__m512)x);
+  return (Vec)_mm512_maskz_min_ps(0xffff, _mm512_set1_ps(200.0f), above);
+#else
+  x = x < -200.0f ? broadcast(-200.0f) : x;
+  return x > 200.0f ? broadcast(200.0f) : x;
+#endif
+}
+
+// e^x to about 1e-7 relative; below -87 it may be 0, and is so where denormal numbers are flushed; NaN for NaN.
+INLINE Vec exp(Vec x) {
+  x = bounded(x);
+  Vec n = to_whole(x * LOG2E);
+  Vec r = (x - n * LN2_HIGH) - n * LN2_LOW;
   Vec p = r * 1.9875691500e-4f + 1.3981999507e-3f;
   p = p * r + 8.3334519073e-3f;
   p = p * r + 4.1665795894e-2f;
   p = p * r + 1.6666665459e-1f;
   p = p * r + 5.0000001201e-1f;
-  p = p * (r * r) + (r + 1.0f);
-  Ints whole = __builtin_convertvector(n, Ints);
-  Ints half = whole >> 1;  // n reaches 128: in two steps
-  Vec y = p * power_of_two(half) * power_of_two(whole - half);
-  y = x < -87.0f ? zeros() : y;
-  y = x > 88.72f ? broadcast(__builtin_inff()) : y;
-  return x == x ? y : x;
+  return scaled(p * (r * r) + (r + 1.0f), n);
 }
 
-// 2^x to about 1e-7 relative, and exactly 1 at 0; 0 below -126 (nothing denormal), NaN for NaN. In half the time of `exp`,
-// whose digits it does not have for large x: its error grows with x as that of any x in float32.
+// 2^x to about 1e-7 relative, and exactly 1 at 0; otherwise as `exp`, but faster: for large x its error is that which x
+// has in float32 anyway.
 INLINE Vec exp2(Vec x) {
-#if defined(__AVX512DQ__)
-  // All lanes by a mask: GCC 12 warns of its own headers otherwise.
-  Vec n = (Vec)_mm512_maskz_roundscale_ps(0xffff, (__m512)x, 0), r = (Vec)_mm512_maskz_reduce_ps(0xffff, (__m512)x, 0);
-#else
-  const float big = 12582912.0f;  // 1.5 * 2^23: adding it rounds to a whole number
-  Vec bounded = x < -126.0f ? broadcast(-126.0f) : x > 128.0f ? broadcast(128.0f) : x;
-  Vec n = (bounded + big) - big, r = bounded - n;
-#endif
+  x = bounded(x);
+  Vec n = to_whole(x), r = x - n;
   Vec p = r * 1.3264754063e-3f + 9.6715122193e-3f;
   p = p * r + 5.5507336400e-2f;
   p = p * r + 2.4022242094e-1f;
   p = p * r + 6.9314697769e-1f;
-  p = p * r + 1.0f;
-#if defined(__AVX512DQ__)
-  return (Vec)_mm512_maskz_scalef_ps(0xffff, (__m512)p, (__m512)n);
-#else
-  Ints whole = __builtin_convertvector(n, Ints), half = whole >> 1;  // n reaches 128: in two steps
-  Vec y = p * power_of_two(half) * power_of_two(whole - half);
-  return x < -126.0f ? zeros() : y;
-#endif
+  return scaled(p * r + 1.0f, n);
 }
 
 // ln x to about 1e-7 for normal x > 0; -inf at 0.
