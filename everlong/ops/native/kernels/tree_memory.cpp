@@ -143,7 +143,7 @@ struct Products {
 // All walks, for N vectors of channels from channel `c` on: weights, and receivers as they arrive at the root.
 template <Rule RULE, Decay DECAY, int N>
 void walk(const Arguments& x, const Paths& paths, const Room<RULE>& room, int64_t c) {
-  constexpr int R = room.R, S = room.S;
+  constexpr int R = receivers_of(RULE), S = sources_of(RULE);
   const int64_t width = room.sizes.keys;
   Products<R, S> products{{}, 0, c > 0};
   const bool late[2] = {bool(x.bonus), RULE == Rule::low_rank};
