@@ -124,7 +124,7 @@ class Mamba2(Mixer):
         assert isinstance(memory, Tensor)  # a pair comes with `normalize` only
         o = o + self.skip[:, None].to(v.dtype) * v
         gated = swiglu(self.gate(x), o.flatten(-2))
-        y = self.o(self.norm(gated.view(*x.shape[:2], c.num_groups, -1)).flatten(-2))
+        y = self.o(self.norm(torch.unflatten(gated, -1, (c.num_groups, -1))).flatten(-2))
         return y, State(memory, last_q, last_k, last_v)
 
     @classmethod
