@@ -27,11 +27,15 @@ struct TokenDecay {
     reach = memory.take(SIZE);
   }
 
-  // `count` tokens of g; the others do not fade.
-  void read_from(const Tensor& g, int64_t offset, int64_t count, int64_t, int64_t) {
+  // `count` tokens of g; the others do not fade. The decay of the whole block is rounded once, not with every token: a
+  // state passes thousands of blocks.
+  void read_from(const Tensor& g, int64_t offset, int64_t count, int64_t, int64_t keys, float* total) {
     present = bool(g);
     std::fill(factor, factor + SIZE, 0.0f);
     if (present) read(factor, g, offset, count, g.stride[1]);
+    float whole = 0.0f;
+    for (int i = 0; i < SIZE; i++) whole += factor[i];
+    std::fill(total, total + keys, present ? exp(broadcast(whole))[0] : 1.0f);
     for (int i = 0; i < SIZE; i += LANES) ::store(factor + i, present ? exp(load(factor + i)) : broadcast(1.0f));
     multiply_factors();
   }
@@ -68,7 +72,6 @@ struct TokenDecay {
           ::store(at, load(at) * load(decay.store() + j));
         }
     }
-    std::fill(x.total, x.total + x.keys, decay.reach[SIZE - 1]);
   }
 
   static void weigh(float* matrix, const float* by) {
@@ -152,10 +155,18 @@ struct ChannelDecay {
     factor = memory.take(SIZE * keys);
   }
 
-  void read_from(const Tensor& g, int64_t offset, int64_t count, int64_t channels, int64_t keys) {
+  void read_from(const Tensor& g, int64_t offset, int64_t count, int64_t channels, int64_t keys, float* total) {
     std::fill(factor, factor + SIZE * keys, 0.0f);
     for (int64_t i = 0; i < count; i++) read(factor + i * keys, g, offset + i * g.stride[1], channels, g.stride[3]);
-    for (int64_t i = 0; i < SIZE * keys; i += LANES) ::store(factor + i, exp(load(factor + i)));
+    for (int64_t d = 0; d < keys; d += LANES) {
+      Vec whole = zeros();
+      for (int64_t at = d; at < SIZE * keys; at += keys) {
+        Vec of_token = load(factor + at);
+        whole += of_token;
+        ::store(factor + at, exp(of_token));
+      }
+      ::store(total + d, exp(whole));
+    }
   }
 
   template <class RULE>
@@ -168,7 +179,6 @@ struct ChannelDecay {
         ::store(x.reach[0] + at, load(x.receiver[0] + at) * running);
         ::store(x.reach[1] + at, load(x.receiver[1] + at) * (RULE::LATE ? before : running));
       }
-      ::store(x.total + d, running);
     }
     for (int s = 0; s < RULE::SOURCES; s++) {
       std::fill(x.store[s], x.store[s] + x.keys * SIZE, 0.0f);

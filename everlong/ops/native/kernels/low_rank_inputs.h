@@ -152,7 +152,8 @@ void read_block(Block<RULE, DECAY>& x, const LowRankInputs& in, const Place& at)
     read_rows(x.source[1], SIZE, x.keys, in.k, at, head, in.keys);
   }
   read_rows(x.v, SIZE, x.values, in.v, at, at.head, in.values);
-  x.decay.read_from(in.log_decay, in.log_decay ? offset(in.log_decay, at, at.head) : 0, at.count, in.keys, x.keys);
+  x.decay.read_from(in.log_decay, in.log_decay ? offset(in.log_decay, at, at.head) : 0, at.count, in.keys, x.keys,
+                    x.total);
 }
 
 template <class RULE, class DECAY>
