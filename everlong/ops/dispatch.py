@@ -73,7 +73,7 @@ TABLE: dict[str, tuple[Implementation, ...]] = {
     "selective_scan": _backends("scan", "selective_scan", native="selective_scan"),
     "causal_conv1d": _backends("scan", "causal_conv1d", native="causal_conv1d"),
     # The same over trees of tokens (`parents`), with `tree`, a Tree, for `cu_seqlens`.
-    "softmax_attention_tree": _backends("tree_attention", "softmax_attention_tree"),
+    "softmax_attention_tree": _backends("tree_attention", "softmax_attention_tree", native="softmax_attention"),
     "linear_attention_tree": _backends("tree_memory", "linear_attention_tree"),
     "delta_rule_tree": _backends("tree_memory", "delta_rule_tree"),
     "dplr_tree": _backends("tree_memory", "dplr_tree"),

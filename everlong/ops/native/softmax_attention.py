@@ -1,5 +1,6 @@
 """Softmax attention by the kernels of kernels/softmax_attention.cpp."""
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from everlong.ops.native.call import call
 from everlong.ops.native.register import differentiate, register
 from everlong.ops.scoring import UNBOUNDED, BiasFunction
 from everlong.ops.spans import check_bounds
+from everlong.ops.tree_attention import attend_under_mask
 
 
 def softmax_attention_native(
@@ -30,7 +32,8 @@ def softmax_attention_native(
 ) -> tuple[Tensor, Tensor | None]:
     """Attention in tiles that stay in the cache, forward and backward. [o, lse]
 
-    A bias goes to torch's operators, and so do float64 and float16, which k or v may bring.
+    A bias goes to torch's operators, and so do float64 and float16, which k or v may bring. It cannot be differentiated
+    twice.
     """
     dtype = v.dtype
     q_, k_, v_ = in_one_dtype(q, k, v)
@@ -43,6 +46,9 @@ def softmax_attention_native(
     left = UNBOUNDED if window is None else min(window - 1, UNBOUNDED)
     o, lse = _forward(q_, k_, v_, mask, key_lengths, cu_seqlens, scale, left, 0 if causal else left)
     return o.to(dtype), lse
+
+
+softmax_attention_tree_native = partial(attend_under_mask, softmax_attention_native)
 
 
 def _compute(
