@@ -10,8 +10,9 @@ Source    Vaswani et al. 2017, arXiv 1706.03762; Beltagy et al. 2020, arXiv 2004
 Forms     parallel    all scores at once: O(T S) memory, the plainest
           chunk       tiles with the online softmax (ops/online_softmax.py): O(T + S) memory
           recurrent   one key after another, O(T) memory without gradients
-          auto        products of blocks in bfloat16 (ops/product_attention.py), otherwise torch's own fused kernels;
-                      always on parts small enough that no mask of T by S is ever held
+          auto        kernels of our own on a CPU (ops/native/softmax_attention.py); of the torch backend, products of
+                      blocks in bfloat16 (ops/product_attention.py), otherwise torch's own fused kernels; always on
+                      parts small enough that no mask of T by S is ever held
 """
 
 import itertools

@@ -6,6 +6,7 @@ Shapes    q [B, T, H, K];  k [B, S, Hkv, K];  v [B, S, Hkv, V];  o [B, T, H, V];
 Source    Miao et al. 2023, arXiv 2305.09781, section 4 (tree attention)
 """
 
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -57,7 +58,8 @@ def softmax_attention_tree_reference(
     return joined([joined([row(b, t) for t in range(T)], 1) for b in range(B)], 0)
 
 
-def softmax_attention_tree_torch(
+def attend_under_mask(
+    compute: Callable[..., Result],
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -71,7 +73,7 @@ def softmax_attention_tree_torch(
     return_lse: bool,
     form: str,
 ) -> Result:
-    """Attention under the tree's mask. Only the keys that a window reaches are looked at."""
+    """`compute`, a backend's attention, under the tree's mask. Only the keys that a window reaches are looked at."""
     T, S = q.shape[1], k.shape[1]
     if T == 0:
         return nothing(q, k, v)
@@ -87,7 +89,7 @@ def softmax_attention_tree_torch(
         visible = visible & (queries[:, :, None] - keys[:, None] < window)
     if bias is not None:
         bias = _columns(bias, reached) if isinstance(bias, Tensor) else _added(bias, queries, keys)
-    return softmax_attention_torch(
+    return compute(
         q,
         k[:, reached],
         v[:, reached],
@@ -101,6 +103,9 @@ def softmax_attention_tree_torch(
         return_lse=return_lse,
         form=form,
     )
+
+
+softmax_attention_tree_torch = partial(attend_under_mask, softmax_attention_torch)
 
 
 def _added(bias: BiasFunction, queries: Tensor, keys: Tensor) -> Tensor:

@@ -30,7 +30,8 @@ def softmax_attention_native(
 ) -> tuple[Tensor, Tensor | None]:
     """Attention in tiles that stay in the cache, forward and backward. [o, lse]
 
-    A bias goes to torch's operators, and so do float64 and float16, which k or v may bring.
+    A bias goes to torch's operators, and so do float64 and float16, which k or v may bring. It cannot be differentiated
+    twice.
     """
     dtype = v.dtype
     q_, k_, v_ = in_one_dtype(q, k, v)

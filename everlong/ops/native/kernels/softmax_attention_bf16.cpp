@@ -6,6 +6,13 @@
 
 namespace {
 
+// All bits of each number of these pairs that is an infinity or NaN.
+INLINE Words infinite_numbers(Words pairs) {
+  Words first = (pairs & 0x7f80u) == 0x7f80u ? Words{} + 0xffffu : Words{};
+  Words second = (pairs & 0x7f800000u) == 0x7f800000u ? Words{} + 0xffff0000u : Words{};
+  return first | second;
+}
+
 // Tokens of one head as rows of bfloat16, `width` apart; channels beyond the last and rows up to `padded` are 0. Whether
 // all are finite.
 bool copy_rows(bfloat16* to, int64_t width, int64_t padded, const Tensor& from, int64_t row, Span tokens, int64_t head,
@@ -21,20 +28,41 @@ bool copy_rows(bfloat16* to, int64_t width, int64_t padded, const Tensor& from, 
     std::fill(place + channels, place + width, bfloat16{0});
   }
   std::fill(to + tokens.size() * width, to + padded * width, bfloat16{0});
-  Ints infinite = {};
-  for (int64_t i = 0; i < tokens.size() * width; i += 2 * LANES) {
-    Words pairs = load_pairs(to + i);
-    infinite |= ((pairs & 0x7f80u) == 0x7f80u) | ((pairs & 0x7f800000u) == 0x7f800000u);
-  }
-  return sum(select(infinite, broadcast(1.0f), zeros())) == 0.0f;
+  Words infinite = {};
+  for (int64_t i = 0; i < tokens.size() * width; i += 2 * LANES) infinite |= infinite_numbers(load_pairs(to + i));
+  return sum(select(infinite != 0u, broadcast(1.0f), zeros())) == 0.0f;
+}
+
+// rows x words of pairs, of which only the finite numbers or only the others are left; those in their place are 0.
+enum class Keep { finite, infinite };
+template <Keep KEEP>
+void keep(Pair* to, const Pair* from, int64_t from_row, int64_t rows, int64_t words) {
+  for (int64_t i = 0; i < rows; i++)
+    for (int64_t j = 0; j < words; j += LANES) {
+      Words pairs = load_pairs(from + i * from_row + j), infinite = infinite_numbers(pairs);
+      store_pairs(to + i * words + j, pairs & (KEEP == Keep::finite ? ~infinite : infinite));
+    }
 }
 
 enum class Weights { left, right };
 
-// C += A B where the weights are A or B, and a weight of 0 takes nothing, not even of an infinite number: what a query
-// does not see cannot reach it.
+// C += A B where the weights are A or B and the other holds infinities or NaN. A weight of 0 takes nothing of these: what
+// a query does not see cannot reach it, and the rest is summed as it would be without them. `room`: as large as the other.
 template <Weights WEIGHTS>
-void add_seen(float* c, int64_t c_row, int64_t rows, int64_t columns, const Product& x) {
+void add_seen(float* c, int64_t c_row, int64_t rows, int64_t columns, Product x, Pair* room) {
+  constexpr bool LEFT = WEIGHTS == Weights::left;
+  const Pair* from = LEFT ? x.b : reinterpret_cast<const Pair*>(x.a);
+  int64_t from_row = LEFT ? x.b_row : x.a_row / 2, height = LEFT ? x.depth / 2 : rows, words = LEFT ? columns : x.depth / 2;
+  if (LEFT) {
+    x.b = room;
+    x.b_row = words;
+  } else {
+    x.a = reinterpret_cast<const bfloat16*>(room);
+    x.a_row = 2 * words;
+  }
+  keep<Keep::finite>(room, from, from_row, height, words);
+  multiply<Into::result>(c, c_row, rows, columns, x);
+  keep<Keep::infinite>(room, from, from_row, height, words);
   for (int64_t i = 0; i < rows; i++)
     for (int64_t j = 0; j < columns; j += LANES) {
       Vec total = load(c + i * c_row + j);
@@ -42,7 +70,7 @@ void add_seen(float* c, int64_t c_row, int64_t rows, int64_t columns, const Prod
         Vec of_a = broadcast(widen(x.a[i * x.a_row + k]));
         Words pairs = load_pairs(x.b + k / 2 * x.b_row + j);
         Vec of_b = k % 2 ? seconds(pairs) : firsts(pairs);
-        total = select((WEIGHTS == Weights::left ? of_a : of_b) != 0.0f, total + of_a * of_b, total);
+        total = select((LEFT ? of_a : of_b) != 0.0f, total + of_a * of_b, total);
       }
       store(c + i * c_row + j, total);
     }
@@ -60,7 +88,7 @@ struct InBfloat16::Keys {
   Widths widths;
   bfloat16 *keys, *values;                // [KEYS, channels]
   bfloat16 *keys_turned, *values_turned;  // [channels, KEYS]
-  Pair* pairs;                            // [channels / 2, KEYS]
+  Pair* pairs;                            // [channels / 2, KEYS], room
   float *scores, *d_weights;              // [KEYS, QUERIES]
   bfloat16 *weights, *d_scores;           // [KEYS, QUERIES]
   Pair* paired;                           // [KEYS / 2, QUERIES]: the weights, or d_scores
@@ -130,7 +158,7 @@ struct InBfloat16::Queries {
     if (piece.whole || block.finite_values) {
       multiply<Into::result>(sums.o + lane, QUERIES, block.widths.value, columns, mixed);
     } else {
-      add_seen<Weights::right>(sums.o + lane, QUERIES, block.widths.value, columns, mixed);
+      add_seen<Weights::right>(sums.o + lane, QUERIES, block.widths.value, columns, mixed, block.pairs);
     }
   }
 
@@ -207,14 +235,14 @@ struct InBfloat16::Gradients {
 
     lane = piece.lanes.begin;
     add_to_keys(sums.values + first * widths.value, widths.value, rows, block.weights + lane, g + lane / 2 * widths.value,
-                columns, piece.whole || finite_g);
+                columns, piece.whole || finite_g, block.pairs);
     add_to_keys(sums.keys + first * widths.key, widths.key, rows, block.d_scores + lane, q + lane / 2 * widths.key,
-                columns, piece.whole || finite_q);
+                columns, piece.whole || finite_q, block.pairs);
     Product to_queries = {block.keys_turned + first, KEYS, block.paired + lane, QUERIES, rows};
     if (piece.whole || block.finite_keys) {
       multiply<Into::result>(its.d_q + lane, QUERIES, widths.key, columns, to_queries);
     } else {
-      add_seen<Weights::right>(its.d_q + lane, QUERIES, widths.key, columns, to_queries);
+      add_seen<Weights::right>(its.d_q + lane, QUERIES, widths.key, columns, to_queries, block.pairs);
     }
   }
 
@@ -255,12 +283,12 @@ struct InBfloat16::Gradients {
 
   // to[keys, width] += weights[keys, queries] from[queries, width]
   static void add_to_keys(float* to, int64_t width, int64_t rows, const bfloat16* weights, const Pair* from,
-                          int64_t queries, bool all) {
+                          int64_t queries, bool all, Pair* room) {
     Product product = {weights, QUERIES, from, width, queries};
     if (all) {
       multiply<Into::result>(to, width, rows, width, product);
     } else {
-      add_seen<Weights::left>(to, width, rows, width, product);
+      add_seen<Weights::left>(to, width, rows, width, product, room);
     }
   }
 };

@@ -68,9 +68,15 @@ Ints seen(const Attention& x, const Meeting& m, int64_t head, int64_t query, Spa
   Ints distance = int32_t(m.offset + query - keys.begin) - lane_numbers();
   const int32_t left = int32_t(std::min<int64_t>(x.left, 1 << 30)), right = int32_t(std::min<int64_t>(x.right, 1 << 30));
   Ints found = (distance <= left) & (distance >= -right) & (lane_numbers() < int32_t(keys.size()));
-  if (x.mask)
-    for (int64_t j = 0; j < keys.size(); j++)
-      if (!*x.mask.at<const bool>(m.row, head, query, keys.begin + j)) found[j] = 0;
+  if (!x.mask) return found;
+  const bool* mask = x.mask.at<const bool>(m.row, head, query, keys.begin);
+  if (x.mask.stride[3] == 1 && keys.size() == LANES) {
+    int8_t __attribute__((vector_size(LANES))) bytes;
+    std::memcpy(&bytes, mask, sizeof bytes);
+    return found & (__builtin_convertvector(bytes, Ints) != 0);
+  }
+  for (int64_t j = 0; j < keys.size(); j++)
+    if (!mask[j * x.mask.stride[3]]) found[j] = 0;
   return found;
 }
 
