@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from everlong.ops.chunks import Size
 from everlong.ops.dispatch import multiplies_bfloat16
 from everlong.ops.native.call import call
 from everlong.ops.native.register import differentiate, register
@@ -58,8 +59,10 @@ def _compute(
     q, k, v = (_rows(x) for x in (q, k, v))
     state = None if state is None else _rows(state.float())
     o, last, saved = _shapes(q, k, v, log_decay, state, cu_seqlens, scale, save)
+    few = _few(v, cu_seqlens)
+    states = saved if save else _states(q, v, cu_seqlens) if few else None
     given = (q, k, v, _of_tokens(log_decay, v), state, cu_seqlens)
-    call("linear_attention_bf16_forward", *given, o, last, saved if save else None, *_sizes(q, v, cu_seqlens), scale)
+    call("linear_attention_bf16_forward", *given, o, last, states, *_sizes(q, v, cu_seqlens), few, scale)
     return o, last, saved
 
 
@@ -73,14 +76,9 @@ def _shapes(
     scale: float,
     save: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    (batch, length, heads, values), keys = v.shape, q.shape[3]
-    groups = batch * -(-length // _GROUP) if cu_seqlens is None else length // _GROUP + cu_seqlens.shape[0]
-    wide = (-(-size // _BLOCK) * _BLOCK for size in (keys, values))
-    return (
-        v.new_empty(v.shape),
-        v.new_empty((_count(v, cu_seqlens), heads, keys, values), dtype=torch.float32),
-        v.new_empty((groups if save else 0, heads, *wide), dtype=torch.float32),
-    )
+    last = v.new_empty((_count(v, cu_seqlens), v.shape[2], q.shape[3], v.shape[3]), dtype=torch.float32)
+    saved = _states(q, v, cu_seqlens) if save else v.new_empty((0,), dtype=torch.float32)
+    return v.new_empty(v.shape), last, saved
 
 
 def _compute_backward(
@@ -102,13 +100,16 @@ def _compute_backward(
     d_q, d_k = (q.new_empty((*v.shape[:3], keys)) for _ in range(2))
     d_v = v.new_empty(v.shape)
     d_state = v.new_empty((count, heads, keys, v.shape[3]), dtype=torch.float32)
-    shape = (0,) if log_decay is None else (count, heads) if of_head else log_decay.shape
-    d_log_decay = v.new_empty(shape, dtype=torch.float32)
+    shape = (0,) if log_decay is None else (_slots(v, cu_seqlens), heads) if of_head else log_decay.shape
+    d_log_decay = v.new_zeros(shape, dtype=torch.float32)
+    few = _few(v, cu_seqlens)
     call(
         "linear_attention_bf16_backward",
         *(q, k, v, _of_tokens(log_decay, v), cu_seqlens, saved, d_o, d_last),
         *(d_q, d_k, d_v, None if log_decay is None else d_log_decay, d_state),
+        saved.new_empty((*saved.shape[:2], *saved.shape[:1:-1])) if few else None,
         *_sizes(q, v, cu_seqlens),
+        few,
         of_head,
         scale,
     )
@@ -149,14 +150,32 @@ def _of_tokens(log_decay: Tensor | None, v: Tensor) -> Tensor | None:
     return log_decay if log_decay is None or log_decay.dim() == 3 else log_decay.expand(v.shape[:3])
 
 
-def _count(v: Tensor, cu_seqlens: Tensor | None) -> int:
+def _count(v: Tensor, cu_seqlens: Tensor | None) -> Size:
     return v.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
 
 
+def _slots(v: Tensor, cu_seqlens: Tensor | None) -> Size:
+    """Places for the states before groups: as many as there are groups, or a few more where sequences are packed."""
+    batch, length = v.shape[:2]
+    return batch * -(-length // _GROUP) if cu_seqlens is None else length // _GROUP + cu_seqlens.shape[0]
+
+
+def _states(q: Tensor, v: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+    """Room for the states before groups, `[groups, H, K, V]`, whole blocks of channels."""
+    wide = (-(-size // _BLOCK) * _BLOCK for size in (q.shape[3], v.shape[3]))
+    return v.new_empty((_slots(v, cu_seqlens), v.shape[2], *wide), dtype=torch.float32)
+
+
+def _few(v: Tensor, cu_seqlens: Tensor | None) -> bool:
+    """Whether there are fewer heads of sequences than threads: then groups of tokens are computed side by side."""
+    return _count(v, cu_seqlens) * v.shape[2] < torch.get_num_threads() and v.shape[1] > 2 * _GROUP
+
+
 def _sizes(q: Tensor, v: Tensor, cu_seqlens: Tensor | None) -> tuple[int, ...]:
-    """Sequences, length, heads, channels of keys and values, heads of v for one of q."""
+    """Sequences, length, heads, channels of keys and values, heads of v for one of q, places for states."""
     heads = v.shape[2]
-    return _count(v, cu_seqlens), v.shape[1], heads, q.shape[3], v.shape[3], heads // q.shape[2]
+    sizes = _count(v, cu_seqlens), v.shape[1], heads, q.shape[3], v.shape[3], heads // q.shape[2]
+    return *(int(size) for size in sizes), int(_slots(v, cu_seqlens))
 
 
 _forward = register(

@@ -14,7 +14,7 @@ from everlong.ops.native.call import call
 from everlong.ops.native.register import differentiate, register
 from everlong.ops.spans import check_bounds
 
-GROUP = 256  # tokens between the states that are kept for the backward pass
+GROUP = 128  # tokens between the states that are kept for the backward pass: then a group's blocks stay in the cache
 Tensors = tuple[Tensor, ...]
 
 
@@ -64,8 +64,8 @@ def _run(
     scale: float,
 ) -> tuple[Tensor, Tensor]:
     tensors = tuple(_readable(x) for x in (q, k, v, beta, a, b, log_decay, state))
-    keep = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
-    o, last, _ = _forward(*tensors, cu_seqlens, scale, keep)
+    differentiable = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
+    o, last, *_ = (_forward if differentiable else _inference)(*tensors, cu_seqlens, scale)
     return o, last
 
 
@@ -85,15 +85,47 @@ def _compute(
     state: Tensor | None,
     cu_seqlens: Tensor | None,
     scale: float,
-    keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    check_bounds(v.shape[1], cu_seqlens)
-    results = _shapes(q, k, v, beta, a, b, log_decay, state, cu_seqlens, scale, keep)
-    inputs = _inputs(q, k, v, beta, a, b, log_decay, cu_seqlens, scale)
-    o, last, starts = results
-    kernel = "dplr_forward" if beta is None else "delta_rule_forward"
-    call(kernel, *inputs, state, o, last, starts if keep else None)
+    results = _shapes(q, k, v, beta, a, b, log_decay, state, cu_seqlens, scale)
+    _forwards(q, k, v, beta, a, b, log_decay, state, cu_seqlens, scale, *results)
     return results
+
+
+def _compute_inference(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    beta: Tensor | None,
+    a: Tensor | None,
+    b: Tensor | None,
+    log_decay: Tensor | None,
+    state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    results = _shapes_inference(q, k, v, beta, a, b, log_decay, state, cu_seqlens, scale)
+    _forwards(q, k, v, beta, a, b, log_decay, state, cu_seqlens, scale, *results, None)
+    return results
+
+
+def _forwards(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    beta: Tensor | None,
+    a: Tensor | None,
+    b: Tensor | None,
+    log_decay: Tensor | None,
+    state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    scale: float,
+    o: Tensor,
+    last: Tensor,
+    starts: Tensor | None,
+) -> None:
+    check_bounds(v.shape[1], cu_seqlens)
+    kernel = "dplr_forward" if beta is None else "delta_rule_forward"
+    call(kernel, *_inputs(q, k, v, beta, a, b, log_decay, cu_seqlens, scale), state, o, last, starts)
 
 
 def _shapes(
@@ -107,18 +139,30 @@ def _shapes(
     state: Tensor | None,
     cu_seqlens: Tensor | None,
     scale: float,
-    keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """o, the last states, and those before each group of tokens."""
-    length, shape = v.shape[1], (v.shape[2], q.shape[3], v.shape[3])
+    o, last = _shapes_inference(q, k, v, beta, a, b, log_decay, state, cu_seqlens, scale)
+    length, (count, *shape) = v.shape[1], last.shape
     if cu_seqlens is None:
-        count, groups = v.shape[0], v.shape[0] * max(-(-length // GROUP), 1)
-    else:
-        count = cu_seqlens.shape[0] - 1
-        groups = length // GROUP + count
-    last = v.new_empty((count, *shape), dtype=torch.float32)
-    starts = last.new_zeros if cu_seqlens is not None else last.new_empty  # packed: some are not used
-    return v.new_empty(v.shape), last, starts((groups if keep else 0, *shape))
+        return o, last, last.new_empty((count * max(-(-length // GROUP), 1), *shape))
+    return o, last, last.new_zeros((length // GROUP + count, *shape))  # not all of them are used
+
+
+def _shapes_inference(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    beta: Tensor | None,
+    a: Tensor | None,
+    b: Tensor | None,
+    log_decay: Tensor | None,
+    state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """o and the last states."""
+    shape = (_sequences(v, cu_seqlens), v.shape[2], q.shape[3], v.shape[3])
+    return v.new_empty(v.shape), v.new_empty(shape, dtype=torch.float32)
 
 
 def _compute_backward(
@@ -225,9 +269,14 @@ def _rows(x: Tensor) -> Tensor:
 
 _TENSORS = "Tensor q, Tensor k, Tensor v, Tensor? beta, Tensor? a, Tensor? b, Tensor? log_decay"
 _forward = register(
-    f"low_rank({_TENSORS}, Tensor? state, Tensor? cu_seqlens, float scale, bool keep) -> (Tensor, Tensor, Tensor)",
+    f"low_rank({_TENSORS}, Tensor? state, Tensor? cu_seqlens, float scale) -> (Tensor, Tensor, Tensor)",
     _compute,
     _shapes,
+)
+_inference = register(
+    f"low_rank_inference({_TENSORS}, Tensor? state, Tensor? cu_seqlens, float scale) -> (Tensor, Tensor)",
+    _compute_inference,
+    _shapes_inference,
 )
 _backward = register(
     f"low_rank_backward({_TENSORS}, Tensor? cu_seqlens, Tensor starts, Tensor? d_o, Tensor? d_last, float scale) "
@@ -238,7 +287,7 @@ _backward = register(
 
 
 def _save(context: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    *tensors, state, cu_seqlens, context.scale, _ = inputs
+    *tensors, state, cu_seqlens, context.scale = inputs
     context.mark_non_differentiable(output[2])
     context.save_for_backward(*tensors, state, cu_seqlens, output[2])
 
@@ -247,7 +296,7 @@ def _gradient(context: Any, d_o: Tensor | None, d_last: Tensor | None, _: None) 
     *tensors, state, cu_seqlens, starts = context.saved_tensors
     *gradients, d_state = _backward(*tensors, cu_seqlens, starts, d_o, d_last, context.scale)
     found = (None if x is None else gradient for x, gradient in zip(tensors, gradients, strict=True))
-    return *found, None if state is None else d_state.to(state.dtype), None, None, None
+    return *found, None if state is None else d_state.to(state.dtype), None, None
 
 
 differentiate(_forward, _gradient, _save)

@@ -134,6 +134,23 @@ def test_neither_threads_nor_repetition_change_a_bit(decay):
     laws.check_repeatable(operator, inputs(300, 3, 40, 40, decay=decay, batch=2))
 
 
+@pytest.mark.parametrize("decay", DECAYS)
+@pytest.mark.parametrize("packed", [None, torch.tensor([0, 0, 600, 601, 900])])
+def test_fewer_heads_than_threads_change_no_bit(packed, decay):
+    few = inputs(900, 1, 40, 70, decay=decay, packed=packed)
+    before = torch.get_num_threads()
+    weights, outcomes = [], []
+    try:
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            outcomes.append(laws.outcome(operator, few, "native", weights))
+    finally:
+        torch.set_num_threads(before)
+    for other in outcomes[1:]:
+        for name, expected in outcomes[0].items():
+            assert torch.equal(other[name], expected), name
+
+
 def test_numbers_may_lie_anywhere():
     given = inputs(70, keys=31, values=64)
     laws.check(operator, {name: x if x is None else laws.scattered(x) for name, x in given.items()})

@@ -11,7 +11,7 @@ from memory_laws import ADVERSARIES
 from torch.nn.functional import normalize
 
 from everlong.ops import delta_rule, dplr
-from everlong.ops.native.low_rank import _backward, _forward
+from everlong.ops.native.low_rank import GROUP, _backward, _forward, _inference
 
 PACKED = torch.tensor([0, 0, 3, 4, 40, 42, 42, 110])
 KINDS = ["delta rule", "delta rule, decay of tokens", "delta rule, decay of channels", "low rank", "low rank, decay"]
@@ -68,6 +68,15 @@ def test_any_shape(kind, length, keys, values, shared, groups):
 def test_packed_sequences(kind):
     laws.check(*case(kind, 110, batch=1, packed=PACKED))
     laws.check(*case(kind, 110, batch=1, packed=PACKED.int()))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_packed_sequences_of_several_groups(kind):
+    bounds = torch.tensor([0, GROUP, GROUP, 3 * GROUP + 2, 3 * GROUP + 30, 4 * GROUP + 29])
+    laws.check(*case(kind, int(bounds[-1]), batch=1, packed=bounds))
+    laws.check_repeatable(
+        *case(kind, 3 * GROUP + 5, batch=1, heads=1, shared=1, packed=torch.tensor([0, 3 * GROUP + 5]))
+    )
 
 
 @pytest.mark.parametrize("name", ADVERSARIES)
@@ -142,9 +151,10 @@ def test_torch_knows_the_operators():
         state = x.pop("initial_state")
         names = ("q", "k", "v", "beta", "a", "b", "log_decay")
         inputs = [x[name].requires_grad_() if name in x else None for name in names]
-        torch.library.opcheck(_forward, (*inputs, state, packed, 0.5, True))
+        torch.library.opcheck(_forward, (*inputs, state, packed, 0.5))
         inputs = [x if x is None else x.detach() for x in inputs]
-        o, last, starts = _forward(*inputs, state, packed, 0.5, True)
+        torch.library.opcheck(_inference, (*inputs, state, packed, 0.5))
+        o, last, starts = _forward(*inputs, state, packed, 0.5)
         torch.library.opcheck(_backward, (*inputs, packed, starts, torch.randn_like(o), last, 0.5))
         torch.library.opcheck(_backward, (*inputs, packed, starts, None, last, 0.5))
 

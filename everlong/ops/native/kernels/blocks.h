@@ -14,6 +14,8 @@
 
 #include <algorithm>
 
+namespace low_rank {
+
 // `LATE` receivers of the second kind read before the decay of their token, others after it.
 template <int SOURCES_, bool LATE_>
 struct Rule {
@@ -50,7 +52,7 @@ struct Block {
   float* beta;   // [SIZE]
   float* v;      // [SIZE, values]
   float* u;      // [SIZE, values]
-  float* error;  // [SIZE, values]: v - read
+  float* error;  // [SIZE, values]: v - read, where v stood
   float* state;  // [keys, values] before the block
 
   template <class Memory>
@@ -67,7 +69,7 @@ struct Block {
     beta = memory.take(SIZE);
     v = memory.take(SIZE * values);
     u = memory.take(SIZE * values);
-    error = memory.take(SOURCES == 1 ? SIZE * values : 0);
+    error = v;
     state = memory.take(keys * values);
   }
 };
@@ -151,8 +153,11 @@ INLINE void multiply_lower(float* lower, const float* a, const float* b_transpos
   }
 }
 
-INLINE float dot(const float* a, const float* b, int64_t count) {
+// A dot product, spread over the lanes.
+INLINE Vec dots(const float* a, const float* b, int64_t count) {
   Vec total = zeros();
   for (int64_t i = 0; i < count; i += LANES) total += load(a + i) * load(b + i);
-  return sum(total);
+  return total;
 }
+
+}  // namespace low_rank

@@ -9,6 +9,8 @@
 #pragma once
 #include "blocks.h"
 
+namespace low_rank {
+
 // One decay a token, or none. Without a decay late receivers are like the others; with one there is no rule that has both.
 struct TokenDecay {
   static constexpr int SIZE = 32, VECTORS = SIZE / LANES;
@@ -115,20 +117,17 @@ struct TokenDecay {
   // the state before the block is a source, and the state after it a receiver.
   template <class RULE>
   static void differentiate(const Block<RULE, TokenDecay>& x, Gradients<RULE, TokenDecay>& gradient) {
-    float of_store[SIZE], to_end = 0.0f, from_start = 0.0f;
+    Vec from_start = zeros(), to_end = zeros(), of_store[SIZE], of_source[VECTORS] = {};
+    for (int64_t d = 0; d < x.keys; d += LANES) from_start += load(gradient.total + d);
     for (int j = 0; j < SIZE; j++) {
-      float along = 0.0f;
-      for (int s = 0; s < RULE::SOURCES; s++)
-        along += dot(x.source[s] + j * x.keys, gradient.store[s] + j * x.keys, x.keys);
       of_store[j] = to_end;  // of the sources before j
-      to_end += along * x.decay.store()[j];
+      for (int s = 0; s < RULE::SOURCES; s++)
+        to_end += dots(x.source[s] + j * x.keys, gradient.store[s] + j * x.keys, x.keys) * x.decay.store()[j];
     }
-    for (int64_t d = 0; d < x.keys; d++) from_start += gradient.total[d];
-    Vec of_source[VECTORS] = {};
     for (int t = SIZE - 1; t >= 0; t--) {
       for (int r = 0; r < 2; r++)
-        from_start += dot(x.reach[r] + t * x.keys, gradient.reach[r] + t * x.keys, x.keys);
-      Vec across = zeros();
+        from_start += dots(x.reach[r] + t * x.keys, gradient.reach[r] + t * x.keys, x.keys);
+      Vec across = of_store[t] + from_start;
       for (int j = 0; j < VECTORS; j++) {
         Ints before = lane_numbers() + j * LANES < t;
         for (int r = 0; r < 2; r++)
@@ -138,7 +137,7 @@ struct TokenDecay {
           }
         across += select(before, of_source[j], zeros());
       }
-      gradient.log_decay[t] = from_start + of_store[t] + sum(across);
+      gradient.log_decay[t] = sum(across);
     }
   }
 };
@@ -261,3 +260,5 @@ struct ChannelDecay {
     }
   }
 };
+
+}  // namespace low_rank

@@ -12,6 +12,7 @@ struct Forward {
   Tensor q, k, v, log_decay, state, cu_seqlens;  // [B, T, h, K] twice, [B, T, H, V], [B, T, H], [N, H, K, V], [N + 1]
   Tensor o, last, saved;                         // [B, T, H, V], [N, H, K, V], [groups, H, wide K, wide V] or none
   int64_t sequences, length, heads, keys, values, sharing;  // sharing: heads of v for one of q and k
+  int64_t slots, few;  // places for groups in `saved`; whether there are fewer sequences and heads than threads
   double scale;
 };
 
@@ -198,28 +199,90 @@ class Chunk {
 };
 
 template <bool DECAYS>
+void run_chunk(const Forward& x, const Work<Memory>& work, Sequence s, int64_t t, int64_t head, float* state) {
+  Span next{s.row, t + CHUNK, std::min(CHUNK, s.stop - t - CHUNK)};
+  Ahead ahead(next.count, 3 + work.values.wide / BLOCK * 2 + work.keys.wide / BLOCK);
+  ahead.add(x.q, next, head / x.sharing, work.keys);
+  ahead.add(x.k, next, head / x.sharing, work.keys);
+  ahead.add(x.v, next, head, work.values);
+  Chunk<DECAYS>(x, work.memory, {s.row, t, std::min(CHUNK, s.stop - t)}, head, ahead).run(state);
+}
+
+template <bool DECAYS>
 void run_heads(const Forward& x, int64_t n, int64_t head, int64_t count) {
-  Channels keys(x.keys), values(x.values);
-  Measure measure;
-  Memory(measure, keys.wide, values.wide);
-  Scratch scratch(measure.bytes);
-  Memory memory(scratch, keys.wide, values.wide);
+  Work<Memory> work(x.keys, x.values);
+  float* states = work.memory.states;
   Sequence s = sequence_of(x.cu_seqlens, n, x.length);
-  int64_t size = keys.wide * values.wide, group = groups_of(x.cu_seqlens, n, x.length, s).first;
-  for (int64_t h = 0; h < count; h++) read_state(memory.states + h * size, x.state, n, head + h, keys, values);
+  int64_t size = work.size(), group = groups_of(x.cu_seqlens, n, x.length, s).first;
+  for (int64_t h = 0; h < count; h++) read_state(states + h * size, x.state, n, head + h, work.keys, work.values);
   for (int64_t t = s.start; t < s.stop; t += CHUNK)
     for (int64_t h = 0; h < count; h++) {
-      float* state = memory.states + h * size;
+      float* state = states + h * size;
       if (x.saved && (t - s.start) % GROUP == 0)
         std::memcpy(x.saved.at<float>(group + (t - s.start) / GROUP, head + h), state, size * sizeof *state);
-      Span next{s.row, t + CHUNK, std::min(CHUNK, s.stop - t - CHUNK)};
-      Ahead ahead(next.count, 3 + values.wide / BLOCK * 2 + keys.wide / BLOCK);
-      ahead.add(x.q, next, (head + h) / x.sharing, keys);
-      ahead.add(x.k, next, (head + h) / x.sharing, keys);
-      ahead.add(x.v, next, head + h, values);
-      Chunk<DECAYS>(x, memory, {s.row, t, std::min(CHUNK, s.stop - t)}, head + h, ahead).run(state);
+      run_chunk<DECAYS>(x, work, s, t, head + h, state);
     }
-  for (int64_t h = 0; h < count; h++) write_state(x.last, n, head + h, memory.states + h * size, keys, values);
+  for (int64_t h = 0; h < count; h++) write_state(x.last, n, head + h, states + h * size, work.keys, work.values);
+}
+
+// Saves the states before the groups, BLOCK of their columns: what is done for them alone, as it is done above.
+template <bool DECAYS>
+void run_states(const Forward& x, int64_t n, int64_t head, int64_t first_value) {
+  Work<Memory> work(x.keys, x.values);
+  const Memory& m = work.memory;
+  Channels keys = work.keys, values = work.values;
+  Sequence s = sequence_of(x.cu_seqlens, n, x.length);
+  int64_t group = groups_of(x.cu_seqlens, n, x.length, s).first;
+  float *whole = m.states, *state = whole + keys.wide * values.wide;
+  read_state(whole, x.state, n, head, keys, values);
+  if (s.start == s.stop && first_value == 0) write_state(x.last, n, head, whole, keys, values);
+  for (int64_t d = 0; d < keys.wide; d++)
+    std::memcpy(state + d * BLOCK, whole + d * values.wide + first_value, BLOCK * sizeof *state);
+  for (int64_t t = s.start; t < s.stop; t += CHUNK) {
+    if ((t - s.start) % GROUP == 0) {
+      float* saved = x.saved.at<float>(group + (t - s.start) / GROUP, head) + first_value;
+      for (int64_t d = 0; d < keys.wide; d++)
+        std::memcpy(saved + d * values.wide, state + d * BLOCK, BLOCK * sizeof *state);
+    }
+    if (t + CHUNK >= s.stop) break;
+    Span at{s.row, t, CHUNK};
+    Rows k = rows_of(x.k, at, head / x.sharing, keys, m.k), v = rows_of(x.v, at, head, values, m.v);
+    transpose(m.keys, CHUNK, k.data, k.row, CHUNK, keys.wide);
+    pair_rows(m.values, BLOCK, v.data + first_value, v.row, CHUNK, BLOCK);
+    if constexpr (DECAYS) {
+      read_gates(m.gates, x.log_decay, at, head);
+      float total = decays(m, CHUNK);
+      for (int64_t i = 0; i < keys.wide * BLOCK; i += LANES) store(state + i, load(state + i) * total);
+      unpair_scaled_columns(m.stored_keys, CHUNK, m.keys, CHUNK, keys.wide, CHUNK, m.store);
+    } else {
+      unpair_rows(m.stored_keys, CHUNK, m.keys, CHUNK, keys.wide, CHUNK);
+    }
+    multiply<Into::result>(state, BLOCK, keys.wide, BLOCK, Product{m.stored_keys, CHUNK, m.values, BLOCK, CHUNK});
+  }
+}
+
+template <bool DECAYS>
+void run_group(const Forward& x, int64_t n, Sequence s, int64_t first, int64_t slot, int64_t head) {
+  Work<Memory> work(x.keys, x.values);
+  float* state = work.memory.states;
+  int64_t stop = std::min(first + GROUP, s.stop);
+  std::memcpy(state, x.saved.at<float>(slot, head), work.size() * sizeof *state);
+  for (int64_t t = first; t < stop; t += CHUNK) run_chunk<DECAYS>(x, work, s, t, head, state);
+  if (stop == s.stop) write_state(x.last, n, head, state, work.keys, work.values);
+}
+
+// Few sequences and heads: first the states before the groups, by blocks of values, then the groups side by side.
+template <bool DECAYS>
+void run(const Forward& x) {
+  if (!x.few)
+    return for_heads(x.sequences, x.heads,
+                     [&](int64_t n, int64_t head, int64_t count) { run_heads<DECAYS>(x, n, head, count); });
+  for_blocks_of_values(x.sequences, x.heads, Channels(x.values),
+                       [&](int64_t n, int64_t head, int64_t value) { run_states<DECAYS>(x, n, head, value); });
+  for_groups(x.cu_seqlens, x.sequences, x.length, x.slots, x.heads,
+             [&](int64_t n, Sequence s, int64_t first, int64_t slot, int64_t head) {
+               run_group<DECAYS>(x, n, s, first, slot, head);
+             });
 }
 
 }  // namespace
@@ -227,7 +290,5 @@ void run_heads(const Forward& x, int64_t n, int64_t head, int64_t count) {
 
 KERNEL(linear_attention_bf16_forward, linear_attention_bf16::Forward) {
   using namespace linear_attention_bf16;
-  for_heads(arguments.sequences, arguments.heads, [&](int64_t n, int64_t head, int64_t count) {
-    arguments.log_decay ? run_heads<true>(arguments, n, head, count) : run_heads<false>(arguments, n, head, count);
-  });
+  arguments.log_decay ? run<true>(arguments) : run<false>(arguments);
 }

@@ -17,10 +17,10 @@
 
 namespace linear_attention_bf16 {
 
-constexpr int64_t BLOCK = 32;        // rows and columns of a block of products
-constexpr int64_t CHUNK = 64;        // tokens
+constexpr int64_t BLOCK = 32;         // rows and columns of a block of products
+constexpr int64_t CHUNK = 64;         // tokens
 constexpr int64_t GROUP = 4 * CHUNK;  // tokens from one saved state to the next
-constexpr int64_t HEADS = 8;         // that take turns chunk by chunk, for the tokens' memory holds all heads side by side
+constexpr int64_t HEADS = 8;          // that take turns by chunks: tokens have their heads side by side in memory
 
 // Channels of a head as they are, and filled up to whole blocks.
 struct Channels {
@@ -59,8 +59,8 @@ INLINE Rows rows_of(const Tensor& x, Span at, int64_t head, Channels channels, b
   return {copy, channels.wide};
 }
 
-// Asks for the tokens of the next chunk while this one is computed, a few at a time: the processor itself sees no pattern
-// in rows that lie far apart, and a burst would fill its queue.
+// Asks for the tokens of the next chunk while this one is computed, a few at a time: the processor itself sees no
+// pattern in rows that lie far apart, and a burst would fill its queue.
 class Ahead {
   Rows rows[4];
   int64_t bytes[4];
@@ -128,6 +128,23 @@ struct Measure {
   }
 };
 
+// A pass's memory, which takes its pieces from a Measure or a Scratch.
+template <class Memory>
+struct Work {
+  Channels keys, values;
+  Measure measure;
+  Memory measured;
+  Scratch scratch;
+  Memory memory;
+  Work(int64_t keys, int64_t values)
+      : keys(keys),
+        values(values),
+        measured(measure, this->keys.wide, this->values.wide),
+        scratch(measure.bytes),
+        memory(scratch, this->keys.wide, this->values.wide) {}
+  int64_t size() const { return keys.wide * values.wide; }  // of a state
+};
+
 // work(sequence, first head, count of heads) for all sequences and heads, HEADS or fewer at a time.
 template <class Work>
 void for_heads(int64_t sequences, int64_t heads, Work work) {
@@ -139,6 +156,34 @@ void for_heads(int64_t sequences, int64_t heads, Work work) {
       work(n, head, count);
       unit += count;
     }
+  });
+}
+
+// work(sequence, its tokens, first token of the group, place of its saved state, head) for all groups.
+template <class Work>
+void for_groups(const Tensor& cu_seqlens, int64_t sequences, int64_t length, int64_t slots, int64_t heads, Work work) {
+  parallel_ranges(slots * heads, [&](int64_t begin, int64_t end) {
+    TileRegisters tiles;
+    for (int64_t n = 0; n < sequences; n++) {
+      Sequence s = sequence_of(cu_seqlens, n, length);
+      Groups groups = groups_of(cu_seqlens, n, length, s);
+      for (int64_t g = 0; g < groups.count; g++)
+        for (int64_t head = 0; head < heads; head++) {
+          int64_t slot = groups.first + g, unit = slot * heads + head;
+          if (begin <= unit && unit < end) work(n, s, s.start + g * GROUP, slot, head);
+        }
+    }
+  });
+}
+
+// work(sequence, head, first value of a block) for all blocks of values.
+template <class Work>
+void for_blocks_of_values(int64_t sequences, int64_t heads, Channels values, Work work) {
+  int64_t blocks = values.wide / BLOCK;
+  parallel_ranges(sequences * heads * blocks, [&](int64_t begin, int64_t end) {
+    TileRegisters tiles;
+    for (int64_t unit = begin; unit < end; unit++)
+      work(unit / blocks / heads, unit / blocks % heads, unit % blocks * BLOCK);
   });
 }
 

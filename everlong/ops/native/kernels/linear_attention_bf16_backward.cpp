@@ -1,6 +1,6 @@
 // Linear attention in bfloat16, backward: products of bfloat16 numbers, sums and states in float32.
 //
-// With P, D = scale * between and the chunk's first state S as in the forward pass, dS the gradient of the state after it:
+// With P, D = scale * between and the first state S as in the forward pass, dS the gradient of the chunk's last state:
 //
 //     P^T = (K Q^T) * D^T                     dP^T = (V dO^T) * D^T                       upper triangles
 //     dQ = [scale reach dO | dP] [S^T ; K]    dK = [store V | dP^T] [dS^T ; Q]    dV = [store K | P^T] [dS ; dO]
@@ -8,7 +8,7 @@
 //
 // A gate stands in every product of a later token i with an earlier one j, so with `a` for the part from the state
 //
-//     dg_t = sum over i >= t > j of P_ij dO_i.v_j  +  over i >= t of q_i.dQ_i(a)  +  over j < t of k_j.dK_j(a)  +  total S.dS
+//     dg_t = sum over i >= t > j of P_ij dO_i.v_j + over i >= t of q_i.dQ_i(a) + over j < t of k_j.dK_j(a) + total S.dS
 //
 // States are kept transposed here, for two of three products read them so. Those inside a group are made once more from
 // the one that was saved before it.
@@ -19,9 +19,10 @@ namespace {
 
 struct Backward {
   Tensor q, k, v, log_decay, cu_seqlens, saved, d_o, d_last;  // as in the forward pass
-  Tensor d_q, d_k, d_v, d_log_decay, d_state;  // [B, T, H, K] twice, [B, T, H, V], [B, T, H] or [N, H], [N, H, K, V]
-  int64_t sequences, length, heads, keys, values, sharing;
-  int64_t decay_of_head;  // d_log_decay is [N, H]: the sum over the tokens
+  Tensor d_q, d_k, d_v, d_log_decay, d_state;  // [B, T, H, K] twice, [B, T, H, V], [B, T, H], [N, H, K, V]
+  Tensor ends;  // where there are few sequences and heads, room for dS^T after the groups: [groups, H, wide V, wide K]
+  int64_t sequences, length, heads, keys, values, sharing, slots, few;
+  int64_t decay_of_head;  // d_log_decay is [groups, H]: the sum over a group's tokens
   double scale;
 };
 
@@ -135,7 +136,8 @@ class Head {
       float passed = 1.0f;
       for (int64_t later = block + LANES; later < rows; later += LANES) {
         Vec receiver = since_first[later / LANES] * passed;
-        for (int64_t j = 0; j < LANES; j++) ::store(m.between + (block + j) * CHUNK + later, receiver * to_end[j * CHUNK]);
+        for (int64_t j = 0; j < LANES; j++)
+          ::store(m.between + (block + j) * CHUNK + later, receiver * to_end[j * CHUNK]);
         passed *= since_first[later / LANES][LANES - 1];
       }
       for (int64_t j = 0; j < LANES; j++) m.store[block + j] = to_end[j * CHUNK] * passed;
@@ -204,7 +206,8 @@ class Head {
         for (int odd = 0; odd < 2; odd++) {
           store_pairs(m.weights_transposed + (j + odd) * CHUNK + i, consecutive(p[odd][0], p[odd][1]));
           store_pairs(m.d_weights_transposed + (j + odd) * CHUNK + i, consecutive(d_p[odd][0], d_p[odd][1]));
-          store_pairs(m.d_weights_pairs + (j - row) / 2 * BLOCK + i - column + odd * LANES, pairs_of(d_p[0][odd], d_p[1][odd]));
+          Pair* pairs = m.d_weights_pairs + (j - row) / 2 * BLOCK + i - column;
+          store_pairs(pairs + odd * LANES, pairs_of(d_p[0][odd], d_p[1][odd]));
         }
       }
     transpose(m.d_weights + column * CHUNK + row, CHUNK, m.d_weights_pairs, BLOCK, BLOCK, BLOCK);
@@ -282,7 +285,7 @@ class Head {
       }
   }
 
-  // dS^T += dO^T (reach Q), the first factor of which take_end has made.
+  // dS^T += dO^T (reach Q); take_end has multiplied it by the total.
   void d_start(float* d_state) {
     unpair_rows(m.rows, CHUNK, m.columns_of_d_o, CHUNK, values.wide, at.rows());
     pair_scaled_rows(m.pairs, keys.wide, q.data, q.row, at.rows(), keys.wide, m.reach);
@@ -291,7 +294,7 @@ class Head {
   }
 
   // dg from its four parts; a closed gate has none.
-  void write_d_log_decay(int64_t n, float through_all) {
+  void write_d_log_decay(int64_t slot, float through_all) {
     float stored_before[CHUNK], before = through_all;
     for (int64_t t = 0; t < at.count; t++) {
       stored_before[t] = before;
@@ -304,7 +307,7 @@ class Head {
       total += gradient;
       if (!x.decay_of_head) *x.d_log_decay.at<float>(at.row, at.first + t, head) = gradient;
     }
-    if (x.decay_of_head) *x.d_log_decay.at<float>(n, head) += total;
+    if (x.decay_of_head) *x.d_log_decay.at<float>(slot, head) += total;
   }
 
   // What comes next: queries and d_o of the chunk before, keys and values of the next group.
@@ -326,7 +329,7 @@ class Head {
     }
   }
 
-  void chunk(Span span, int64_t n, const Pair* start, float* d_state) {
+  void chunk(Span span, int64_t slot, const Pair* start, float* d_state) {
     take(span);
     q = rows_of(x.q, at, head / x.sharing, keys, m.q);
     d_o = rows_of(x.d_o, at, head, values, m.d_o);
@@ -353,18 +356,18 @@ class Head {
     d_keys();
     d_values();
     d_start(d_state);
-    if constexpr (DECAYS) write_d_log_decay(n, through_all);
+    if constexpr (DECAYS) write_d_log_decay(slot, through_all);
   }
 
  public:
   Head(const Backward& x, const Memory& m, int64_t head) : x(x), m(m), head(head), keys(x.keys), values(x.values) {}
 
-  // The tokens of one group, from the state that was saved before them; `d_state` is dS^T. The next group to come is that
-  // of `next_head` from `next_first` on.
-  void group(Sequence s, int64_t n, int64_t first, const float* saved, float* d_state, int64_t next_first,
-             int64_t next_head) {
+  // The tokens of one group, whose state is saved in `slot`; `d_state` is dS^T. The next group to come is that of
+  // `next_head` from `next_first` on.
+  void group(Sequence s, int64_t first, int64_t slot, float* d_state, int64_t next_first, int64_t next_head) {
     int64_t stop = std::min(first + GROUP, s.stop), of_state = keys.wide * values.wide / 2;
-    transpose(m.state, keys.wide, saved, values.wide, keys.wide, values.wide);
+    if (x.decay_of_head) *x.d_log_decay.at<float>(slot, head) = 0.0f;
+    transpose(m.state, keys.wide, x.saved.at<float>(slot, head), values.wide, keys.wide, values.wide);
     for (int64_t t = first; t < stop; t += CHUNK) {
       pair_rows(m.starts + (t - first) / CHUNK * of_state, keys.wide, m.state, keys.wide, values.wide, keys.wide);
       if (t + CHUNK >= stop) break;
@@ -374,37 +377,93 @@ class Head {
     for (int64_t t = first + (stop - first - 1) / CHUNK * CHUNK; t >= first; t -= CHUNK) {
       Span span{s.row, t, std::min(CHUNK, stop - t)};
       fetch_ahead(span, s, first, next_first, next_head);
-      chunk(span, n, m.starts + (t - first) / CHUNK * of_state, d_state);
+      chunk(span, slot, m.starts + (t - first) / CHUNK * of_state, d_state);
     }
+  }
+
+  // dS^T before a chunk from that after it, as in `chunk`, BLOCK of its rows from `first_value` on.
+  void retreat(Span span, int64_t first_value, float* d_state) {
+    take(span);
+    q = rows_of(x.q, at, head / x.sharing, keys, m.q);
+    d_o = rows_of(x.d_o, at, head, values, m.d_o);
+    float total = decays();
+    if constexpr (DECAYS)
+      for (int64_t i = 0; i < BLOCK * keys.wide; i += LANES) ::store(d_state + i, load(d_state + i) * total);
+    transpose(m.columns_of_d_o, CHUNK, d_o.data + first_value, d_o.row, at.rows(), BLOCK);
+    unpair_rows(m.rows, CHUNK, m.columns_of_d_o, CHUNK, BLOCK, at.rows());
+    pair_scaled_rows(m.pairs, keys.wide, q.data, q.row, at.rows(), keys.wide, m.reach);
+    multiply<Into::result>(d_state, keys.wide, BLOCK, keys.wide, Product{m.rows, CHUNK, m.pairs, keys.wide, at.rows()});
   }
 };
 
+// dS^T after the last token.
+INLINE void read_end(float* d_state, const Backward& x, const Work<Memory>& work, int64_t n, int64_t head) {
+  read_state(work.memory.state, x.d_last, n, head, work.keys, work.values);
+  transpose(d_state, work.keys.wide, work.memory.state, work.values.wide, work.keys.wide, work.values.wide);
+}
+
 template <bool DECAYS>
 void run_heads(const Backward& x, int64_t n, int64_t head, int64_t count) {
-  Channels keys(x.keys), values(x.values);
-  Measure measure;
-  Memory(measure, keys.wide, values.wide);
-  Scratch scratch(measure.bytes);
-  Memory memory(scratch, keys.wide, values.wide);
+  Work<Memory> work(x.keys, x.values);
+  const Memory& m = work.memory;
   Sequence s = sequence_of(x.cu_seqlens, n, x.length);
   Groups groups = groups_of(x.cu_seqlens, n, x.length, s);
-  int64_t size = keys.wide * values.wide;
-  for (int64_t h = 0; h < count; h++) {
-    read_state(memory.state, x.d_last, n, head + h, keys, values);
-    transpose(memory.states + h * size, keys.wide, memory.state, values.wide, keys.wide, values.wide);
-    if (x.decay_of_head) *x.d_log_decay.at<float>(n, head + h) = 0.0f;
-  }
+  for (int64_t h = 0; h < count; h++) read_end(m.states + h * work.size(), x, work, n, head + h);
   for (int64_t g = groups.count - 1; g >= 0; g--)
     for (int64_t h = 0; h < count; h++) {
-      const float* saved = x.saved.at<float>(groups.first + g, head + h);
       int64_t first = s.start + g * GROUP, next_head = (h + 1) % count;
-      Head<DECAYS>(x, memory, head + h)
-          .group(s, n, first, saved, memory.states + h * size, next_head ? first : first - GROUP, head + next_head);
+      Head<DECAYS>(x, m, head + h)
+          .group(s, first, groups.first + g, m.states + h * work.size(), next_head ? first : first - GROUP,
+                 head + next_head);
     }
   for (int64_t h = 0; h < count; h++) {
-    transpose(memory.state, values.wide, memory.states + h * size, keys.wide, values.wide, keys.wide);
-    write_state(x.d_state, n, head + h, memory.state, keys, values);
+    transpose(m.state, work.values.wide, m.states + h * work.size(), work.keys.wide, work.values.wide, work.keys.wide);
+    write_state(x.d_state, n, head + h, m.state, work.keys, work.values);
   }
+}
+
+// Keeps dS^T after each group, BLOCK of its rows, and writes it before the first token.
+template <bool DECAYS>
+void run_ends(const Backward& x, int64_t n, int64_t head, int64_t first_value) {
+  Work<Memory> work(x.keys, x.values);
+  Sequence s = sequence_of(x.cu_seqlens, n, x.length);
+  Groups groups = groups_of(x.cu_seqlens, n, x.length, s);
+  Head<DECAYS> here(x, work.memory, head);
+  read_end(work.memory.states, x, work, n, head);
+  float* d_state = work.memory.states + first_value * work.keys.wide;
+  for (int64_t g = groups.count - 1; g >= 0; g--) {
+    int64_t first = s.start + g * GROUP, stop = std::min(first + GROUP, s.stop);
+    float* kept = x.ends.at<float>(groups.first + g, head, first_value);
+    std::memcpy(kept, d_state, BLOCK * work.keys.wide * sizeof *kept);
+    for (int64_t t = first + (stop - first - 1) / CHUNK * CHUNK; t >= first; t -= CHUNK)
+      here.retreat({s.row, t, std::min(CHUNK, stop - t)}, first_value, d_state);
+  }
+  int64_t count = std::min(BLOCK, x.values - first_value);
+  for (int64_t d = 0; d < x.keys; d++)
+    for (int64_t c = 0; c < count; c++)
+      *x.d_state.at<float>(n, head, d, first_value + c) = d_state[c * work.keys.wide + d];
+}
+
+template <bool DECAYS>
+void run_group(const Backward& x, Sequence s, int64_t first, int64_t slot, int64_t head) {
+  Work<Memory> work(x.keys, x.values);
+  float* d_state = work.memory.states;
+  std::memcpy(d_state, x.ends.at<float>(slot, head), work.size() * sizeof *d_state);
+  Head<DECAYS>(x, work.memory, head).group(s, first, slot, d_state, s.start - GROUP, head);
+}
+
+// Few sequences and heads: first dS^T after the groups, by blocks of values, then the groups side by side.
+template <bool DECAYS>
+void run(const Backward& x) {
+  if (!x.few)
+    return for_heads(x.sequences, x.heads,
+                     [&](int64_t n, int64_t head, int64_t count) { run_heads<DECAYS>(x, n, head, count); });
+  for_blocks_of_values(x.sequences, x.heads, Channels(x.values),
+                       [&](int64_t n, int64_t head, int64_t value) { run_ends<DECAYS>(x, n, head, value); });
+  for_groups(x.cu_seqlens, x.sequences, x.length, x.slots, x.heads,
+             [&](int64_t, Sequence s, int64_t first, int64_t slot, int64_t head) {
+               run_group<DECAYS>(x, s, first, slot, head);
+             });
 }
 
 }  // namespace
@@ -412,7 +471,5 @@ void run_heads(const Backward& x, int64_t n, int64_t head, int64_t count) {
 
 KERNEL(linear_attention_bf16_backward, linear_attention_bf16::Backward) {
   using namespace linear_attention_bf16;
-  for_heads(arguments.sequences, arguments.heads, [&](int64_t n, int64_t head, int64_t count) {
-    arguments.log_decay ? run_heads<true>(arguments, n, head, count) : run_heads<false>(arguments, n, head, count);
-  });
+  arguments.log_decay ? run<true>(arguments) : run<false>(arguments);
 }

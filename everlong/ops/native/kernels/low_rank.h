@@ -7,6 +7,8 @@
 #include "decayed.h"
 #include "low_rank_step.h"
 
+namespace low_rank {
+
 // Tokens begin .. end of a head of sequence n.
 struct Group {
   Sequence sequence;
@@ -240,3 +242,5 @@ void low_rank_backward(const LowRankBackward& x) {
     backward_by_heads<GroupBackward<RULE, DECAY>>(x);
   }
 }
+
+}  // namespace low_rank

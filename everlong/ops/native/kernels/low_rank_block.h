@@ -15,6 +15,8 @@
 #include "blocks.h"
 #include "meanwhile.h"
 
+namespace low_rank {
+
 // u, four tokens after four: what earlier ones wrote is a product, and among the four each uses those before it.
 template <class RULE, class DECAY>
 void solve(Block<RULE, DECAY>& x, Meanwhile& meanwhile) {
@@ -171,8 +173,12 @@ void products_backward(const Block<RULE, DECAY>& x, Workspace<RULE, DECAY>& w, M
     multiply_all(w.gradient.store[s], values[s], w.d_transposed);
   }
   for (int r = 0; r < 2; r++) multiply_all(w.gradient.reach[r], reads[r], w.state_transposed);
-  for (int64_t d = 0; d < x.keys; d++)
-    w.gradient.total[d] = x.total[d] * dot(x.state + d * x.values, w.d_state + d * x.values, x.values);
+  for (int64_t d = 0; d < x.keys; d += LANES) {
+    Vec along = zeros();
+    for (int64_t at = d; at < x.values * x.keys; at += x.keys)
+      along += load(w.state_transposed + at) * load(w.d_transposed + at);
+    store(w.gradient.total + d, along * load(x.total + d));
+  }
 }
 
 // The gradient of the state before the block from that of the state after it, in place.
@@ -190,3 +196,5 @@ void advance_backward(const Block<RULE, DECAY>& x, Workspace<RULE, DECAY>& w, Me
     tile.store(at, x.values);
   });
 }
+
+}  // namespace low_rank

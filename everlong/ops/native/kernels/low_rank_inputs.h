@@ -2,6 +2,8 @@
 #pragma once
 #include "low_rank_block.h"
 
+namespace low_rank {
+
 struct LowRankInputs {
   Tensor q, k, v, beta, a, b, log_decay;  // [B, T, heads, channels]; without channels beta and the decay of tokens
   Tensor cu_seqlens;
@@ -184,3 +186,5 @@ void write_gradients(Meanwhile& meanwhile, const LowRankBackward& x, const Place
     write_numbers(x.d_log_decay, w.gradient.log_decay);
   }
 }
+
+}  // namespace low_rank

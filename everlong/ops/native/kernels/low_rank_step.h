@@ -5,6 +5,8 @@
 #pragma once
 #include "low_rank_inputs.h"
 
+namespace low_rank {
+
 constexpr int64_t STEPS = 4;  // sequences of up to so many tokens are not worth a block
 
 // One token of one head, channels padded by zeros; the receivers are those that read the state before the token.
@@ -65,7 +67,7 @@ template <class RULE>
 void step(const Token<RULE>& x, const float* state, int64_t row, float* after, int64_t after_row, int64_t keys,
           int64_t values) {
   float weights[RULE::SOURCES];
-  for (int s = 0; s < RULE::SOURCES; s++) weights[s] = dot(x.q, x.source[s], round_up(keys, LINE));
+  for (int s = 0; s < RULE::SOURCES; s++) weights[s] = sum(dots(x.q, x.source[s], round_up(keys, LINE)));
   int64_t c = 0;
   for (; c + 4 * LANES <= values; c += 4 * LANES)
     step_columns<4>(x, state, row, after, after_row, keys, weights, c, LANES);
@@ -139,3 +141,5 @@ struct FewTokens {
     for (int64_t d = 0; d < keys; d += LANES) store(token.total + d, exp(load(token.total + d)));
   }
 };
+
+}  // namespace low_rank

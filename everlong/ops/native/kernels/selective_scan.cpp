@@ -21,7 +21,6 @@ namespace {
 constexpr int STEPS = 16;           // of a piece; Python knows this number too
 constexpr int AT_ONCE = 8;          // states in registers
 constexpr int64_t WIDEST = 1024;    // channels of a range
-constexpr int64_t GROUP_UNIT = 64;  // groups have a multiple of so many channels
 constexpr int64_t PIECE = STEPS * LANES;
 constexpr float LN2 = 0.69314718055994531f;
 

@@ -45,7 +45,8 @@ INLINE Vec load(const bfloat16* from) {
   Halves x;
   std::memcpy(&x, from, sizeof x);
 #if defined(__AVX512F__)
-  return (Vec)((Words)_mm512_cvtepu16_epi32((__m256i)x) << 16);  // GCC 12 makes two halves of __builtin_convertvector
+  // GCC 12 makes two halves of __builtin_convertvector, and without a mask it warns of its own headers.
+  return (Vec)((Words)_mm512_maskz_cvtepu16_epi32(0xffff, (__m256i)x) << 16);
 #else
   return (Vec)(__builtin_convertvector(x, Words) << 16);
 #endif

@@ -346,7 +346,8 @@ INLINE void for_blocks(int64_t rows, int64_t columns, Visit visit) {
 
 // Never inlined: it is long, and inside a longer function the sums lose their registers.
 template <template <int, int> class Leaf, int ROWS, int COLUMNS, Into INTO, class... Products>
-__attribute__((noinline)) void multiply(float* c, int64_t c_row, int64_t rows, int64_t columns, const Products&... products) {
+__attribute__((noinline)) void multiply(float* c, int64_t c_row, int64_t rows, int64_t columns,
+                                        const Products&... products) {
   for_blocks<ROWS, COLUMNS>(rows, columns, [&]<int HEIGHT, int WIDTH>(int64_t i, int64_t j) {
     Leaf<HEIGHT, WIDTH>::template multiply<INTO>(c + i * c_row + j, c_row, products.from(i, j)...);
   });
