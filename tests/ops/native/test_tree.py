@@ -99,7 +99,7 @@ def large(operator, channels, values, decay, batch=2, nodes=16, heads=4, shared=
 @pytest.mark.parametrize(
     ("operator", "decay"), [(linear_attention, 0), (linear_attention, 3), (delta_rule, 3), (delta_rule, 4), (dplr, 4)]
 )
-def test_sizes_of_channels(operator, decay, sizes):
+def test_numbers_of_any_count_may_lie_anywhere(operator, decay, sizes):
     inputs = large(operator, *sizes, decay)
     options, path = {"parents": torch.tensor([*BUSHY, 5, 14])}, [0, 2, 5, 14, 15]
     expected, truth = operator(**{name: x.double() for name, x in inputs.items()}, **options, backend="reference")
@@ -278,7 +278,7 @@ def test_attention_of_each_path(parents, prefix, window, shape, dtype):
 
 @pytest.mark.parametrize("parents", [CHAIN[:100], WIDE, ROOTS], ids=["chain", "wide", "roots"])
 @pytest.mark.parametrize("window", [None, 3, 50])
-def test_attention_over_deep_and_wide_trees(parents, window):
+def test_attention_over_deep_and_wide_trees_anywhere(parents, window):
     q, k, v = cache(1, len(parents), 70, 2, 1)
     for used in ((q, k, v), [laws.scattered(x) for x in (q, k, v)], [x.mT.contiguous().mT for x in (q, k, v)]):
         check_attention(*used, parents, window=window)

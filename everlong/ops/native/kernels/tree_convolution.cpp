@@ -1,5 +1,5 @@
-// A short convolution over a tree of inputs, y = act(bias + sum_i w_i x_i): the i-th ancestor meets the i-th last tap, and
-// beyond the first node of a path stands the end of the state.
+// A short convolution over a tree of inputs, y = act(bias + sum_i w_i x_i): the i-th ancestor meets the i-th last tap,
+// and beyond the first node of a path stands the end of the state.
 //
 // A unit of work is a range of neighbouring channels of all sequences.
 #include <algorithm>
@@ -45,7 +45,9 @@ void range(const Arguments& x, int64_t first, int64_t count) {
 
 KERNEL(tree_convolution, Arguments) {
   const Arguments& x = arguments;
-  const int64_t vectors = (x.channels + LANES - 1) / LANES, operations = x.sequences * x.length * x.channels * x.taps;
+  const int64_t vectors = (x.channels + LANES - 1) / LANES;
+  // An activation takes as long as so many taps.
+  const int64_t operations = x.sequences * x.length * x.channels * (x.taps + (x.activated ? 32 : 0));
   with_type(x.x, [&](auto number) {
     using Number = decltype(number);
     parallel_if_much(vectors, operations, [&](int64_t begin, int64_t end) {

@@ -30,11 +30,11 @@ INLINE int64_t steps_of(const Tensor& tree, int64_t count) {
   return Paths(tree, count, scratch).first[count];
 }
 
-// work(begin, end) for ranges that cover `units`; on the calling thread alone where `operations` are so few that waking
-// others takes longer.
+// work(begin, end) for ranges that cover `units`; on the calling thread alone where `operations` are so few, some 20
+// microseconds, that waiting for others takes longer wherever these have something else to do.
 template <class Work>
 void parallel_if_much(int64_t units, int64_t operations, Work work) {
-  const int64_t few = 1 << 18;
+  const int64_t few = 1 << 20;
   int64_t shares = operations < few ? 1 : units;
   parallel_ranges(units ? shares : 0, [&](int64_t begin, int64_t end) {
     work(begin * units / shares, end * units / shares);
