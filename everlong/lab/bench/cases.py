@@ -83,6 +83,7 @@ class Case:
     call: Callable[..., Tensor]  # of the inputs and `backend`: the output without the state
     drawn: bool = True  # whether it has a line in the picture of times against length
     lengths: tuple[int, ...] = (4096, 16_384)  # at which its backends are compared
+    passes: str = "forward + backward"  # what is compared: "forward" where a model is only read, as over trees
 
     def on(self, backend: str) -> Callable[..., Tensor]:
         """The call with a backend, as a function of the inputs."""
@@ -139,7 +140,7 @@ def convolution(x: Tensor, taps: Tensor, *, tree: bool = False, backend: str = "
 
 def _tree(operator: str, names: tuple[str, ...], call: Callable[..., Tensor]) -> Case:
     """The same over a tree, as small as those of speculation are."""
-    return Case(f"{operator}_tree", names, partial(call, tree=True), drawn=False, lengths=(64,))
+    return Case(f"{operator}_tree", names, partial(call, tree=True), drawn=False, lengths=(64,), passes="forward")
 
 
 QKV = ("q", "k", "v")
