@@ -45,7 +45,7 @@ class Arguments:
 
     out: Path = Path("runs/demo")
     """The run folder; an earlier demo in it is replaced."""
-    minutes: float = 3.3
+    minutes: float = 3.6
     """Of training, compilation included."""
     seed: int = 0
     """Of the first weights and of the data's order."""
