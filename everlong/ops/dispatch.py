@@ -123,15 +123,16 @@ def explain(operator: str, *tensors: Tensor, backend: str = "auto") -> Choice:
 def choose(operator: str, backend: str, tensor: Tensor, form: str = "auto") -> Callable[..., Any]:
     """The function that computes `operator` on this tensor's device and dtype.
 
-    Kernels have one form, in chunks: where another is asked for, "auto" takes the torch backend.
+    Kernels have one form, in chunks: where another is asked for, "auto" passes them over.
     """
-    asked = _asked if form in ("auto", "chunk") or backend != "auto" or _asked != "auto" else "torch"
-    return _functions[_target(operator, backend, tensor.device.type, tensor.dtype, asked)]
+    return _functions[
+        _target(operator, backend, tensor.device.type, tensor.dtype, _asked, kernels=form in ("auto", "chunk"))
+    ]
 
 
-def _target(operator: str, backend: str, device: str, dtype: torch.dtype, asked: str) -> str:
+def _target(operator: str, backend: str, device: str, dtype: torch.dtype, asked: str, *, kernels: bool) -> str:
     """The key of the chosen function: torch.compile runs this while it traces, and takes a name but no function."""
-    choice = _decide(operator, backend, device, dtype, asked, build=True)
+    choice = _decide(operator, backend, device, dtype, asked, build=True, kernels=kernels)
     found = choice.implementation
     if found.target not in _functions:
         # All at once: what is added after the compiler has looked into `_functions`, it does not see.
@@ -217,7 +218,9 @@ def _check_backend(name: str) -> None:
 
 
 @functools.cache
-def _decide(operator: str, backend: str, device: str, dtype: torch.dtype, asked: str, *, build: bool) -> Choice:
+def _decide(
+    operator: str, backend: str, device: str, dtype: torch.dtype, asked: str, *, build: bool, kernels: bool = True
+) -> Choice:
     if operator not in TABLE:
         raise unknown("operator", operator, TABLE)
     _check_backend(backend)
@@ -226,7 +229,7 @@ def _decide(operator: str, backend: str, device: str, dtype: torch.dtype, asked:
     if name == "auto":
         warning = None
         for candidate in candidates:
-            if not candidate.serves(device, dtype):
+            if not candidate.serves(device, dtype) or (candidate.backend == "native" and not kernels):
                 continue
             if missing := candidate.missing(build=build):
                 warning = _slower(missing)

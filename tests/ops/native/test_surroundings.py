@@ -129,3 +129,14 @@ def test_a_row_does_not_depend_on_the_others():
         for name, call in calls.items():
             for row in range(3):
                 assert torch.equal(call(slice(row, row + 1)), call(slice(None))[row : row + 1]), name
+
+
+@pytest.mark.parametrize("form", dispatch.FORMS)
+def test_a_backend_that_is_asked_for_serves_every_form(monkeypatch, form):
+    dispatch._decide.cache_clear()
+    monkeypatch.setenv("EVERLONG_BACKEND", "reference")
+    try:
+        chosen = dispatch.choose("linear_attention", "auto", torch.ones(1), form)
+    finally:
+        dispatch._decide.cache_clear()
+    assert chosen.__name__ == "linear_attention_reference"
